@@ -1,0 +1,1 @@
+"""Custom kernels that train neural networks by DANTE."""

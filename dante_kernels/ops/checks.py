@@ -1,0 +1,176 @@
+"""What every operator checks of its arguments before it touches any of them.
+
+All raise ValueError or TypeError that name the argument, what was expected and what came. Nothing here reads a tensor's
+values on a GPU, so no check waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..activations import Activation
+
+WEIGHT_DTYPES = (torch.float32, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor(name: str, value: object) -> Tensor:
+    """`value` itself, where it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def _shape(name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
+    """Hold a tensor's shape against numbers; a word stands for any size from 1 up."""
+    fits = value.dim() == len(expected) and all(
+        size > 0 if isinstance(want, str) else size == want for size, want in zip(value.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
+        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
+
+
+def _same_place(name: str, value: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if value.device != weight.device:
+        raise ValueError(f"{name}: expected on {weight.device}, where the weight is, got {value.device}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(_name, dtypes))}, got {_name(value.dtype)}")
+
+
+def _writable(name: str, value: Tensor) -> None:
+    """A tensor changed in place must have one memory location per element."""
+    (size, stride), *more = sorted(zip(value.shape, value.stride(), strict=True), key=lambda pair: pair[1])
+    extent = 1 + (size - 1) * stride
+    overlaps = size > 1 and stride == 0
+    for size, stride in more:
+        overlaps |= size > 1 and stride < extent
+        extent += (size - 1) * stride
+    if overlaps:
+        raise ValueError(f"{name}: is changed in place, but elements share memory (strides {value.stride()}); pass a clone()")
+
+
+def layer(
+    weight: Tensor, bias: Tensor | None, *, prefix: str = "", n_in: int | None = None, like: Tensor | None = None
+) -> None:
+    """A layer's weight (n_out, n_in) and bias (n_out,), of one dtype, float32 or float64, on one device."""
+    tensor(f"{prefix}weight", weight)
+    _shape(f"{prefix}weight", weight, ("n_out", "n_in" if n_in is None else n_in))
+    if like is None:
+        if weight.dtype not in WEIGHT_DTYPES:
+            raise TypeError(f"{prefix}weight: expected {' or '.join(map(_name, WEIGHT_DTYPES))}, got {_name(weight.dtype)}")
+        like = weight
+    _same_place(f"{prefix}weight", weight, like, (like.dtype,))
+    if bias is not None:
+        tensor(f"{prefix}bias", bias)
+        _shape(f"{prefix}bias", bias, (weight.shape[0],))
+        _same_place(f"{prefix}bias", bias, like, (like.dtype,))
+
+
+def inputs(x: Tensor, weight: Tensor) -> None:
+    """x (rows, n_in), of the weight's dtype, or bfloat16 beside float32 weights."""
+    tensor("x", x)
+    if x.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x: expected shape (rows, {weight.shape[1]}), got {tuple(x.shape)}")
+    narrow = (torch.bfloat16,) if weight.dtype == torch.float32 else ()
+    _same_place("x", x, weight, (weight.dtype, *narrow))
+
+
+def problem(
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    target: Tensor,
+    suffix_weights: list[Tensor],
+    suffix_biases: list[Tensor | None],
+    activations: list[float],
+    loss: int,
+) -> None:
+    """A layer's training problem: its parameters, its input, the frozen suffix and the target."""
+    layer(weight, bias)
+    inputs(x, weight)
+    if x.shape[0] == 0:
+        raise ValueError("x: expected at least one row, got none")
+    if len(suffix_biases) != len(suffix_weights):
+        raise ValueError(
+            f"suffix_biases: expected {len(suffix_weights)} entries, one per suffix weight, got {len(suffix_biases)}"
+        )
+    n_out = weight.shape[0]
+    for i, (w, b) in enumerate(zip(suffix_weights, suffix_biases, strict=True)):
+        layer(w, b, prefix=f"suffix[{i}] ", n_in=n_out, like=weight)
+        n_out = w.shape[0]
+    if len(activations) != 3 * (len(suffix_weights) + 1):
+        raise ValueError(
+            f"activations: expected 3 numbers for each of {len(suffix_weights) + 1} layers, got {len(activations)}"
+        )
+    for i in range(0, len(activations), 3):
+        Activation.decode(list(activations[i : i + 3]))
+    if loss not in (0, 1, 2):
+        raise ValueError(f"loss: expected the code 0 (mse), 1 (cross_entropy) or 2 (binary_cross_entropy), got {loss}")
+    _target(target, x.shape[0], n_out, weight)
+
+
+def _target(target: Tensor, rows: int, n_out: int, weight: Tensor) -> None:
+    tensor("target", target)
+    if target.is_floating_point():
+        _shape("target", target, (rows, n_out))
+        _same_place("target", target, weight, (weight.dtype,))
+        return
+    _same_place("target", target, weight, (torch.int64, weight.dtype))
+    _shape("target", target, (rows,))
+    if n_out == 1:
+        raise ValueError(f"target: class indices need at least 2 outputs; for 1 output pass values of shape ({rows}, 1)")
+
+
+def update(
+    weight: Tensor,
+    bias: Tensor | None,
+    lr: Tensor,
+    velocity_weight: Tensor | None,
+    velocity_bias: Tensor | None,
+    momentum: float,
+    nesterov: bool,
+) -> None:
+    """The update rule's arguments, and that all which it changes can be changed in place."""
+    tensor("lr", lr)
+    if lr.dim() != 0:
+        raise ValueError(f"lr: expected a number or a 0-dimensional tensor, got shape {tuple(lr.shape)}")
+    _same_place("lr", lr, weight, (weight.dtype,))
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum: expected a number from 0 to below 1, got {momentum}")
+    if nesterov and momentum == 0:
+        raise ValueError("nesterov: expected a momentum above 0 beside it, got momentum=0")
+    if momentum > 0 and velocity_weight is None:
+        raise ValueError("velocity_weight: expected a tensor like the weight where momentum is above 0, got None")
+    if velocity_weight is not None and (velocity_bias is None) != (bias is None):
+        raise ValueError("velocity_bias: expected a tensor exactly where the layer has a bias and velocity_weight is given")
+    if velocity_weight is None and velocity_bias is not None:
+        raise ValueError("velocity_weight: expected a tensor beside velocity_bias, got None")
+    for name, velocity, parameter in (("velocity_weight", velocity_weight, weight), ("velocity_bias", velocity_bias, bias)):
+        if velocity is not None and parameter is not None:
+            tensor(name, velocity)
+            _shape(name, velocity, tuple(parameter.shape))
+            _same_place(name, velocity, weight, (weight.dtype,))
+            _writable(name, velocity)
+    _writable("weight", weight)
+    if bias is not None:
+        _writable("bias", bias)
+
+
+def batches(order: Tensor | None, batch_size: int, x: Tensor) -> None:
+    """The rows of a pass: `order` (n,) int64 of row numbers of x, or None for all rows as they lie."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if order is None:
+        return
+    tensor("order", order)
+    _shape("order", order, ("n",))
+    _same_place("order", order, x, (torch.int64,))
+    if order.device.type == "cpu" and type(order) is Tensor:
+        low, high = order.aminmax()
+        if low < 0 or high >= x.shape[0]:
+            raise ValueError(f"order: expected row numbers from 0 to {x.shape[0] - 1}, got {int(low)} to {int(high)}")

@@ -1,0 +1,52 @@
+"""`layer_forward`: one layer's forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..activations import Activation, resolve
+from . import checks, registration
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float]) -> None:
+    checks.layer(weight, bias)
+    checks.inputs(x, weight)
+    Activation.decode(list(activation))
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float]) -> Tensor:
+    return weight.new_empty((x.shape[0], weight.shape[0]))
+
+
+_operator = registration.register(
+    "layer_forward", "Tensor x, Tensor weight, Tensor? bias, float[] activation", "Tensor", _check, _fake
+)
+
+
+def layer_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | str | nn.Module, *, backend: str = "auto"
+) -> Tensor:
+    """The activations h = phi(x W^T + bias) of one layer.
+
+    Args:
+        x: input, (rows, n_in), of the weight's dtype, or bfloat16 beside float32 weights; any strides; rows may be 0.
+        weight: (n_out, n_in), float32 or float64; any strides.
+        bias: (n_out,) of the weight's dtype, or None.
+        activation: an `Activation`, a name (``"leaky_relu"``, ``"sigmoid"``, ...) or a torch activation module.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+
+    Returns:
+        h, (rows, n_out), of the weight's dtype. On the backends cpp and triton a row's result does not depend on the
+        number of rows beside it, bit for bit.
+
+    Mutates nothing. No autograd.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
+    >>> layer_forward(torch.tensor([[1.0, -2.0]]), torch.eye(2), None, "leaky_relu")
+    tensor([[ 1.0000, -0.0200]])
+    """
+    with torch.no_grad():
+        return _operator(x, weight, bias, resolve(activation).encode(), backend=backend)
