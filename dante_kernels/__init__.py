@@ -1,1 +1,19 @@
-"""Custom kernels that train neural networks by DANTE."""
+"""Custom kernels that train neural networks by DANTE: one layer at a time, by stochastic normalized gradient descent."""
+
+from . import ops
+from .activations import Activation, GeneralizedReLU
+from .training import Alternating, History, NonFiniteError, RoundRobin, StackedAutoencoder, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activation",
+    "Alternating",
+    "GeneralizedReLU",
+    "History",
+    "NonFiniteError",
+    "RoundRobin",
+    "StackedAutoencoder",
+    "fit",
+    "ops",
+]

@@ -1,0 +1,18 @@
+"""Training: schedules, the thin trainer that walks them, and what it records."""
+
+from .fit import fit
+from .history import BlockRecord, History, RoundRecord
+from .schedules import Alternating, RoundRobin, Schedule, StackedAutoencoder
+from .trainer import NonFiniteError
+
+__all__ = [
+    "Alternating",
+    "BlockRecord",
+    "History",
+    "NonFiniteError",
+    "RoundRecord",
+    "RoundRobin",
+    "Schedule",
+    "StackedAutoencoder",
+    "fit",
+]

@@ -1,0 +1,88 @@
+"""Checkpoints: the whole state of a run after each round, written so that a broken write never replaces a good file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .history import History
+from .problem import Problem
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+FORMAT = 1
+
+
+@dataclass
+class Position:
+    """Where training goes on: the phase, the round within it, and what is kept between the phase's rounds."""
+
+    phase: int = 0
+    round: int = 0
+    objective: float | None = None
+    problem: Problem | None = None
+
+
+class File:
+    """A checkpoint file of one run. A file that is there is gone on from; it must come from the same run.
+
+    Args:
+        path: the file.
+        fingerprint: what tells this run from another, as text by name: settings, layers, size of the data.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fingerprint: dict[str, str]) -> None:
+        self.path = Path(path)
+        self.fingerprint = fingerprint
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"checkpoint: expected a file in an existing folder, got {str(self.path)!r}")
+        if self.path.is_dir():
+            raise IsADirectoryError(f"checkpoint: expected a file, got the folder {str(self.path)!r}")
+
+    def load(self, trainer: Trainer) -> Position | None:
+        """Put the trainer where the file left off; None where there is no file yet.
+
+        Raises:
+            ValueError: where the file is not a checkpoint of this run. Nothing is changed then.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            saved = torch.load(self.path, map_location=trainer.device, weights_only=True)
+            theirs = saved["fingerprint"] if saved["format"] == FORMAT else None
+        except Exception as error:
+            raise ValueError(f"checkpoint: {str(self.path)!r} is not a readable checkpoint: {error}") from error
+        if theirs != self.fingerprint:
+            names = [name for name in self.fingerprint if theirs is None or theirs.get(name) != self.fingerprint[name]]
+            raise ValueError(
+                f"checkpoint: {str(self.path)!r} belongs to another run, which differs in {', '.join(names)}; "
+                "give another file, or remove it to start anew"
+            )
+        saved["state"]["generator"] = saved["state"]["generator"].cpu()
+        trainer.restore(saved["state"])
+        trainer.history = History.from_dict(saved["history"])
+        return Position(*saved["position"])
+
+    def save(self, trainer: Trainer, at: Position) -> None:
+        """Write the trainer's state to a temporary file beside the checkpoint, then put it in its place."""
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "state": trainer.state(),
+            "history": trainer.history.to_dict(),
+            "position": [at.phase, at.round, at.objective],
+        }
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(content, file)
+            os.replace(name, self.path)
+        except BaseException:
+            os.unlink(name)
+            raise

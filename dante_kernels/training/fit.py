@@ -1,0 +1,281 @@
+"""`fit`: train an ordinary nn.Sequential by DANTE."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import losses, network
+from ..network import Network
+from . import checkpoint as checkpoints
+from .history import History
+from .schedules import RoundRobin, Schedule
+from .trainer import Callback, LearningRate, Settings, Trainer
+
+DIRECTIONS = ("sngd", "nesterov")
+LR_SCHEDULES = ("constant", "cosine")
+PRECISIONS = ("highest", "high", "medium")
+
+
+def fit(
+    model: nn.Module,
+    x: Any,
+    y: Any = None,
+    *,
+    loss: str = "mse",
+    schedule: Schedule | None = None,
+    lr: LearningRate = 0.1,
+    relative_lr: bool = False,
+    lr_schedule: str | Callable[[int, int], float] = "cosine",
+    batch_size: int = 100,
+    momentum: float = 0.0,
+    reset_momentum: bool = False,
+    direction: str = "sngd",
+    shuffle: bool = True,
+    validation: tuple[Any, Any] | None = None,
+    seed: int | None = 0,
+    device: torch.device | str | None = None,
+    precision: str | None = None,
+    backend: str = "auto",
+    callbacks: Sequence[Callback] = (),
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    stop_epsilon: float | None = None,
+    prefix_budget: int = 2**30,
+) -> History:
+    """Train a model's own parameters in place by DANTE: one layer at a time, by normalized gradient steps.
+
+    Args:
+        model: an nn.Sequential of nn.Linear, each followed by at most one of GeneralizedReLU, ReLU, LeakyReLU, Sigmoid,
+            Tanh, Identity; see `dante_kernels.network.from_module`. Its weights are the start. float32, or float64 (on
+            the reference backend). Layers whose parameters do not require gradients stay as they are. **Mutated.**
+        x: inputs, a tensor or array (rows, n_in) of the model's dtype, or bfloat16 beside a float32 model; (rows, ...)
+            where the model starts with nn.Flatten. On the model's device, or anywhere where `device` is given.
+        y: class indices (rows,) of an integer dtype, or values (rows, n_out) of the model's dtype, (rows,) too for one
+            output. With one output, integers must be 0 or 1. None makes an autoencoder: the target is x.
+        loss: ``"mse"``, ``"cross_entropy"`` (the output as logits, or a last nn.Softmax or nn.LogSoftmax) or
+            ``"binary_cross_entropy"`` (logits, or a last nn.Sigmoid); means as in torch.
+        schedule: `Alternating`, `RoundRobin` or `StackedAutoencoder`; RoundRobin(rounds=12) where none is given.
+        lr: the length of a step in weight space: a number, one per layer, or a callable of the round (from 0, within its
+            phase).
+        relative_lr: the step's length is lr times the Frobenius norm of the layer (weight and bias) at its block's start.
+        lr_schedule: ``"constant"``; ``"cosine"``, which multiplies lr in round r of R by (1 + cos(pi r / R)) / 2; or a
+            callable of (r, R) that gives the factor.
+        batch_size: rows in a mini-batch; the last of a pass may be shorter.
+        momentum: mu, from 0 to below 1. A layer's velocity is kept from block to block.
+        reset_momentum: start every block with zero velocity.
+        direction: ``"sngd"``, or ``"nesterov"`` for Nesterov's momentum.
+        shuffle: a new order for every pass, drawn on the device; else the rows as they lie.
+        validation: (x, y) on which loss and accuracy are computed after every round.
+        seed: of the shuffling; None for a different one each time.
+        device: move model and data there first; None leaves the model where it is and expects the data there too.
+        precision: ``"highest"``, ``"high"`` or ``"medium"``, as torch.set_float32_matmul_precision, during this call;
+            None keeps what is set.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+        callbacks: called with the `History` after every round; one that returns True ends training.
+        progress: print a line to stderr after every round.
+        checkpoint: a file, written after every round. Where it exists already, training goes on from it, bit for bit as
+            if it had not been interrupted; it must come from the same settings, model shape and amount of data.
+        stop_epsilon: end a phase when a round changes the objective, the loss over all training rows, by less than this
+            and the schedule's ``min_rounds`` are done (Algorithm 2).
+        prefix_budget: bytes that the kept activations of the frozen layers before the active one may take. Beyond it they
+            are computed anew for the rows of each block; the result is the same.
+
+    Returns:
+        The `History`: records per block and per round.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came; the model is unchanged then.
+        NonFiniteError: where a gradient is not finite: names layer, round and step; the weights are those before it.
+
+    Source: Algorithms 1 to 3 of the 2020 DANTE paper.
+
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    >>> _ = nn.init.zeros_(model[0].weight)
+    >>> x = torch.tensor([[1.0], [2.0]])
+    >>> history = fit(model, x, 3 * x, schedule=RoundRobin(rounds=30), lr=0.1, lr_schedule="constant", batch_size=2)
+    >>> round(model[0].weight.item(), 3)
+    3.0
+    """
+    losses.code(loss)
+    schedule = RoundRobin() if schedule is None else schedule
+    settings = Settings(
+        loss=loss,
+        schedule=schedule,
+        lr=lr,
+        relative_lr=relative_lr,
+        lr_schedule=lr_schedule,
+        batch_size=batch_size,
+        momentum=momentum,
+        reset_momentum=reset_momentum,
+        nesterov=direction == "nesterov",
+        shuffle=shuffle,
+        seed=seed,
+        backend=backend,
+        stop_epsilon=stop_epsilon,
+        prefix_budget=prefix_budget,
+    )
+    net = network.from_module(model, loss)
+    _check_settings(settings, direction, precision, len(net.layers))
+    to = None if device is None else torch.device(device)
+    inputs = _inputs("x", x, net, to)
+    target, _ = _target("y", y, inputs, net, to)
+    if any(phase.autoencodes for phase in schedule.phases(net.widths)):
+        if target is not None and not (target.shape == inputs.shape and bool((target == inputs).all())):
+            raise ValueError("y: StackedAutoencoder's target is x itself; expected None or x, got other values")
+        target = None
+    held_out = None
+    if validation is not None:
+        if not isinstance(validation, tuple | list) or len(validation) != 2:
+            raise TypeError("validation: expected a pair (x, y)")
+        x_held_out = _inputs("validation[0]", validation[0], net, to)
+        y_held_out, classes = _target("validation[1]", validation[1], x_held_out, net, to)
+        held_out = (x_held_out, _as_float(x_held_out, net) if y_held_out is None else y_held_out, classes)
+    file = None if checkpoint is None else checkpoints.File(checkpoint, _fingerprint(settings, direction, net, inputs, target))
+    if to is not None:
+        model.to(to)
+        net = network.from_module(model, loss)
+    with _precision(precision), torch.no_grad():
+        trainer = Trainer(net, inputs, _as_float(inputs, net) if target is None else target, settings, held_out)
+        return trainer.run([*callbacks, *([_print_round] if progress else [])], file)
+
+
+def _as_float(x: Tensor, net: Network) -> Tensor:
+    return x.to(net.layers[0].weight.dtype)
+
+
+def _check_settings(settings: Settings, direction: str, precision: str | None, layers: int) -> None:
+    if not isinstance(settings.schedule, Schedule):
+        raise TypeError(f"schedule: expected a Schedule such as RoundRobin(rounds=12), got {settings.schedule!r}")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if not callable(settings.lr_schedule) and settings.lr_schedule not in LR_SCHEDULES:
+        raise ValueError(
+            f"lr_schedule: expected {' or '.join(LR_SCHEDULES)} or a callable of (round, rounds), got {settings.lr_schedule!r}"
+        )
+    if isinstance(settings.batch_size, bool) or not isinstance(settings.batch_size, int):
+        raise TypeError(f"batch_size: expected a whole number, got {settings.batch_size!r}")
+    if settings.batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {settings.batch_size}")
+    if not 0 <= settings.momentum < 1:
+        raise ValueError(f"momentum: expected a number from 0 to below 1, got {settings.momentum}")
+    if settings.nesterov and settings.momentum == 0:
+        raise ValueError("direction: 'nesterov' needs a momentum above 0, got momentum=0")
+    if settings.stop_epsilon is not None and not settings.stop_epsilon > 0:
+        raise ValueError(f"stop_epsilon: expected a number above 0, got {settings.stop_epsilon}")
+    if settings.prefix_budget < 0:
+        raise ValueError(f"prefix_budget: expected a number of bytes, 0 or more, got {settings.prefix_budget}")
+    if not callable(settings.lr):
+        rates = [settings.lr] if isinstance(settings.lr, int | float) else list(settings.lr)
+        if not isinstance(settings.lr, int | float) and len(rates) != layers:
+            raise ValueError(f"lr: expected a number or one for each of {layers} layers, got {len(rates)}")
+        for rate in rates:
+            if not (math.isfinite(rate) and rate > 0):
+                raise ValueError(f"lr: expected a finite number above 0, got {rate}")
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    try:
+        tensor: Tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected a tensor or an array of numbers, got {type(value).__name__} ({error})") from error
+    return tensor.detach()
+
+
+def _place(name: str, tensor: Tensor, net: Network, device: torch.device | None) -> Tensor:
+    if device is not None:
+        return tensor.to(device)
+    home = net.layers[0].weight.device
+    if tensor.device != home:
+        raise ValueError(f"{name}: expected on {home}, where the model is, got {tensor.device}; give device= to move both")
+    return tensor
+
+
+def _inputs(name: str, value: Any, net: Network, device: torch.device | None) -> Tensor:
+    """x as (rows, n_in) on the device."""
+    x = _tensor(name, value)
+    dtype = net.layers[0].weight.dtype
+    if net.flattens and x.dim() > 2:
+        x = x.flatten(1)
+    if x.dim() != 2 or x.shape[1] != net.n_in:
+        raise ValueError(f"{name}: expected shape (rows, {net.n_in}), got {tuple(x.shape)}")
+    if x.shape[0] == 0:
+        raise ValueError(f"{name}: expected at least one row, got none")
+    if x.dtype != dtype and not (dtype == torch.float32 and x.dtype == torch.bfloat16):
+        narrow = " or torch.bfloat16" if dtype == torch.float32 else ""
+        raise TypeError(f"{name}: expected {dtype}{narrow}, as the model's weights are {dtype}, got {x.dtype}")
+    return _place(name, x, net, device)
+
+
+def _target(name: str, value: Any, x: Tensor, net: Network, device: torch.device | None) -> tuple[Tensor | None, bool]:
+    """y as class indices (rows,) int64 or values (rows, n_out), and whether it holds classes; None for an autoencoder."""
+    if value is None:
+        if net.n_out != net.n_in:
+            raise ValueError(
+                f"{name}: expected targets, since the output ({net.n_out}) is not as wide as the input ({net.n_in})"
+            )
+        return None, False
+    y = _tensor(name, value)
+    dtype = net.layers[0].weight.dtype
+    rows, n_out = x.shape[0], net.n_out
+    if not y.is_floating_point() and not y.is_complex():
+        if y.dim() == 2 and y.shape[1] == 1:
+            y = y[:, 0]
+        if y.shape != (rows,):
+            raise ValueError(f"{name}: expected {rows} class indices, one for each row of x, got shape {tuple(y.shape)}")
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= max(n_out, 2):
+            raise ValueError(f"{name}: expected class indices from 0 to {max(n_out, 2) - 1}, got {low} to {high}")
+        y = _place(name, y, net, device)
+        return (y.to(torch.int64), True) if n_out > 1 else (y[:, None].to(dtype), True)
+    if y.dim() == 1 and n_out == 1:
+        y = y[:, None]
+    if y.shape != (rows, n_out):
+        raise ValueError(f"{name}: expected values of shape ({rows}, {n_out}) or {rows} class indices, got {tuple(y.shape)}")
+    if y.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, the model's dtype, or integer class indices, got {y.dtype}")
+    return _place(name, y, net, device), False
+
+
+def _fingerprint(settings: Settings, direction: str, net: Network, x: Tensor, target: Tensor | None) -> dict[str, str]:
+    """What must be the same for a checkpoint to be gone on from. A callable counts by its name."""
+
+    def name(value: Any) -> str:
+        return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else repr(value)
+
+    chain = [(tuple(w.shape), b is not None, str(phi), str(w.dtype)) for w, b, phi in net.layers]
+    return {
+        **{key: name(value) for key, value in vars(settings).items()},
+        "direction": direction,
+        "model": repr(chain),
+        "x": repr((tuple(x.shape), str(x.dtype))),
+        "y": "x" if target is None else repr((tuple(target.shape), str(target.dtype))),
+    }
+
+
+@contextlib.contextmanager
+def _precision(wanted: str | None) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    if wanted is None:
+        yield
+        return
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _print_round(history: History) -> None:
+    last = history.rounds[-1]
+    metrics = "".join(f"  validation {name} {value:.4f}" for name, value in last.metrics.items())
+    print(f"round {last.round + 1}  loss {last.loss:.6f}{metrics}  {last.seconds:.2f} s", file=sys.stderr, flush=True)

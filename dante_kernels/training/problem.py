@@ -1,0 +1,159 @@
+"""The data side of training: which rows a block sees, what the frozen prefix makes of them, and how well a chain does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import losses, ops
+from ..ops import Layer
+
+Rows = Tensor | slice
+FORWARD_ROWS = 8192  # rows that go through a chain of layers at once, so that its inner activations stay small
+
+
+def forward(layers: Sequence[Layer], x: Tensor, backend: str) -> Tensor:
+    """The output of a chain of layers, (rows, n_out); x itself for an empty chain."""
+    if not layers:
+        return x
+    out = layers[-1].weight.new_empty((x.shape[0], layers[-1].weight.shape[0]))
+    for start in range(0, x.shape[0], FORWARD_ROWS):
+        h = x[start : start + FORWARD_ROWS]
+        for weight, bias, activation in layers:
+            h = ops.layer_forward(h, weight, bias, activation, backend=backend)
+        if h.shape[0] == x.shape[0]:
+            return h
+        out[start : start + FORWARD_ROWS] = h
+    return out
+
+
+def evaluate(layers: Sequence[Layer], x: Tensor, target: Tensor, loss: str, backend: str) -> tuple[Tensor, Tensor]:
+    """(loss, correct rows) of a chain over all rows, both 0-dimensional and on the device.
+
+    A row is correct where the largest output stands at its class; with one output, where the output is on the target's
+    side of the middle (0 for logits, 1/2 for values).
+    """
+    total = layers[0].weight.new_zeros(())
+    correct = torch.zeros((), dtype=torch.int64, device=total.device)
+    code = losses.code(loss)
+    for start in range(0, x.shape[0], FORWARD_ROWS):
+        h = forward(layers, x[start : start + FORWARD_ROWS], backend)
+        t = target[start : start + FORWARD_ROWS]
+        values = losses.as_values(t, h.shape[1], h.dtype)
+        total += losses.value(code, h, values) * h.shape[0]
+        if h.shape[1] == 1:
+            middle = 0.0 if loss == "binary_cross_entropy" else 0.5
+            correct += ((h > middle) == (values > 0.5)).sum()
+        else:
+            correct += (h.argmax(dim=1) == values.argmax(dim=1)).sum()
+    return total / x.shape[0], correct
+
+
+class RowStream:
+    """The rows that one layer visits: pass after pass, each in a new order, cut into whole mini-batches.
+
+    The last batch of a pass may be shorter and never runs over into the next pass.
+    """
+
+    def __init__(self, rows: int, batch_size: int, shuffle: bool, generator: torch.Generator) -> None:
+        self.rows = rows
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.generator = generator
+        self.order: Tensor | None = None
+        self.cursor = rows
+
+    def take(self, steps: int) -> Iterator[Rows]:
+        """The rows of the next `steps` mini-batches, in pieces of which none spans two passes."""
+        while steps:
+            if self.cursor >= self.rows:
+                self.cursor = 0
+                if self.shuffle:
+                    self.order = torch.randperm(self.rows, generator=self.generator, device=self.generator.device)
+            stop = min(self.cursor + steps * self.batch_size, self.rows)
+            steps -= -(-(stop - self.cursor) // self.batch_size)
+            piece = slice(self.cursor, stop)
+            self.cursor = stop
+            yield piece if self.order is None else self.order[piece]
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands; the generator's state is kept beside it."""
+        return {"order": self.order, "cursor": self.cursor}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to where `state` was taken."""
+        self.order, self.cursor = state["order"], state["cursor"]
+
+
+class Piece(NamedTuple):
+    """Inputs and targets of some mini-batches: rows of x and target in `order`, or as they lie."""
+
+    x: Tensor
+    target: Tensor
+    order: Tensor | None
+
+
+class Problem:
+    """The input and the target of a phase, and the input of an active layer behind a frozen prefix.
+
+    Args:
+        x: (rows, n) the data.
+        target: class indices or values; None where the phase's input is its own target.
+        encoder: frozen layers whose activations are the phase's input.
+        budget: bytes that kept activations may take; beyond it they are computed anew for the rows of each piece.
+        backend: the operators' backend.
+    """
+
+    def __init__(self, x: Tensor, target: Tensor | None, encoder: Sequence[Layer], budget: int, backend: str) -> None:
+        self.budget = budget
+        self.backend = backend
+        self.encoder = tuple(encoder)
+        self.x = x
+        if self._fits(self.encoder):
+            self.x = forward(self.encoder, x, backend)
+            self.encoder = ()
+        self.target = target
+        if target is None and not self.encoder:
+            self.target = self.x
+
+    def _row_bytes(self, layers: Sequence[Layer]) -> int:
+        return layers[-1].weight.shape[0] * layers[-1].weight.element_size() if layers else 0
+
+    def _fits(self, layers: Sequence[Layer]) -> bool:
+        return self.x.shape[0] * self._row_bytes(layers) <= self.budget
+
+    def behind(self, prefix: Sequence[Layer]) -> Problem | None:
+        """The problem of the layers after `prefix`, with the prefix's activations of all rows kept; None beyond the budget."""
+        if self.encoder or not self._fits(prefix):
+            return None
+        return Problem(forward(prefix, self.x, self.backend), self.target, (), self.budget, self.backend)
+
+    def pieces(self, rows: Rows, prefix: Sequence[Layer], batch_size: int) -> Iterator[Piece]:
+        """Inputs of the layer after `prefix` for these rows; each piece's activations fit the budget, or are one batch."""
+        chain = (*self.encoder, *prefix)
+        if not chain:
+            assert self.target is not None
+            if isinstance(rows, slice):
+                yield Piece(self.x[rows], self.target[rows], None)
+            else:
+                yield Piece(self.x, self.target, rows)
+            return
+        if isinstance(rows, slice):
+            count, first = rows.stop - rows.start, rows.start
+        else:
+            count, first = rows.shape[0], 0
+        chunk = max(1, self.budget // (self._row_bytes(chain) * batch_size)) * batch_size
+        for start in range(0, count, chunk):
+            part = slice(first + start, first + min(start + chunk, count))
+            chosen = part if isinstance(rows, slice) else rows[part]
+            x = forward(self.encoder, self.x[chosen], self.backend)
+            target = x if self.target is None else self.target[chosen]
+            yield Piece(forward(prefix, x, self.backend), target, None)
+
+    def all_pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The phase's input and target over all rows, in pieces that fit the budget."""
+        for x, target, _ in self.pieces(slice(0, self.x.shape[0]), (), FORWARD_ROWS):
+            yield x, target

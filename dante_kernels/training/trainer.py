@@ -1,0 +1,359 @@
+"""The alternation: rounds of blocks, one layer at a time, by the operators."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..network import Network
+from . import checkpoint, finetune
+from .history import BlockRecord, History, RoundRecord
+from .problem import Problem, RowStream, evaluate
+from .schedules import Phase, Schedule
+
+LearningRate = float | Sequence[float] | Callable[[int], float]
+Callback = Callable[[History], Any]
+
+
+class NonFiniteError(FloatingPointError):
+    """A step's gradient was not finite. The weights are those before that step; ``history`` holds the rounds before."""
+
+    def __init__(self, message: str, history: History) -> None:
+        super().__init__(message)
+        self.history = history
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; see `fit` for each field."""
+
+    loss: str
+    schedule: Schedule
+    lr: LearningRate
+    relative_lr: bool
+    lr_schedule: str | Callable[[int, int], float]
+    batch_size: int
+    momentum: float
+    reset_momentum: bool
+    nesterov: bool
+    shuffle: bool
+    seed: int | None
+    backend: str
+    stop_epsilon: float | None
+    prefix_budget: int
+
+    def rates(self, round_: int, layers: int) -> list[float]:
+        """The learning rate of each layer in a round, counted from 0 within its phase."""
+        rounds = self.schedule.rounds
+        if callable(self.lr_schedule):
+            factor = self.lr_schedule(round_, rounds)
+        else:
+            factor = (1 + math.cos(math.pi * round_ / rounds)) / 2 if self.lr_schedule == "cosine" else 1.0
+        lr = self.lr(round_) if callable(self.lr) else self.lr
+        rates = [lr] * layers if isinstance(lr, int | float) else list(lr)
+        for rate in rates:
+            if not (math.isfinite(rate * factor) and rate * factor > 0):
+                raise ValueError(f"lr: expected a finite number above 0 in round {round_}, got {rate * factor}")
+        return [rate * factor for rate in rates]
+
+
+@dataclass
+class _Turn:
+    """What one block left on the device."""
+
+    layer: int
+    lr: Tensor
+    losses: Tensor
+    norms: Tensor
+    seconds: Callable[[], float]
+
+
+def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Start the clock; calling the result stops it, and calling that gives the seconds, by events on a GPU."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            seconds = time.perf_counter() - begin
+            return lambda: seconds
+
+        return stop
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+
+    def stop_on_device() -> Callable[[], float]:
+        last.record()
+        return lambda: first.elapsed_time(last) / 1000
+
+    return stop_on_device
+
+
+class Trainer:
+    """Trains a network's own parameters in place, by `Settings`, and keeps the `History`.
+
+    Args:
+        network: views on the parameters.
+        x: (rows, n_in) on the parameters' device.
+        target: class indices (rows,) or values (rows, n_out).
+        settings: how to train.
+        validation: (x, target, whether the target holds classes), or None.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        x: Tensor,
+        target: Tensor,
+        settings: Settings,
+        validation: tuple[Tensor, Tensor, bool] | None,
+    ) -> None:
+        self.network = network
+        self.x = x
+        self.target = target
+        self.settings = settings
+        self.validation = validation
+        self.history = History()
+        self.device = network.layers[0].weight.device
+        self.generator = torch.Generator(self.device)
+        if settings.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(settings.seed)
+        self.streams = [
+            RowStream(x.shape[0], settings.batch_size, settings.shuffle, self.generator) for _ in (*network.layers, None)
+        ]
+        self.velocities: list[tuple[Tensor | None, Tensor | None]] = [
+            (torch.zeros_like(w), None if b is None else torch.zeros_like(b)) if settings.momentum else (None, None)
+            for w, b, _ in network.layers
+        ]
+        self.weights_updated = 0
+
+    def run(self, callbacks: Sequence[Callback], checkpoint_file: checkpoint.File | None) -> History:
+        """Train until the rounds are done, the objective stands still, or a callback returns True."""
+        schedule = self.settings.schedule
+        phases = schedule.phases(self.network.widths)
+        if not any(self.network.trainable[layer] for phase in phases for layer in phase.order):
+            raise ValueError("model: no layer has parameters that require gradients, so nothing can be trained")
+        at = checkpoint.Position()
+        if checkpoint_file is not None:
+            at = checkpoint_file.load(self) or at
+        while at.phase <= len(phases):
+            if at.phase == len(phases):
+                if at.round == schedule.finetune_epochs:
+                    break
+                self._finetune_epoch()
+                at.round += 1
+            else:
+                at = self._next_round(phases, at)
+            stop = False
+            for callback in callbacks:
+                stop |= callback(self.history) is True
+            if checkpoint_file is not None:
+                checkpoint_file.save(self, at)
+            if stop:
+                self.history.stopped_by = "callback"
+                break
+        return self.history
+
+    def _next_round(self, phases: list[Phase], at: checkpoint.Position) -> checkpoint.Position:
+        """Train one round, record it, and say where training goes on."""
+        phase = phases[at.phase]
+        rates = self.settings.rates(at.round, len(self.network.layers))
+        stop = _stopwatch(self.device)
+        encoder = [self.network.layers[i] for i in phase.encoder]
+        if at.problem is None:
+            target = None if phase.encoder else self.target
+            at.problem = Problem(self.x, target, encoder, self.settings.prefix_budget, self.settings.backend)
+        if self.settings.stop_epsilon is not None and at.objective is None:
+            at.objective = self._objective(phase, at.problem)
+        before = self.state()
+        turns = self._run_round(phase, at.problem, rates)
+        seconds = stop()
+        norms = torch.cat([turn.norms for turn in turns]).cpu()
+        bad = (~torch.isfinite(norms)).nonzero()
+        if len(bad):
+            self._raise_non_finite(before, phase, at, rates, turns, int(bad[0]), float(norms[bad[0]]))
+        self._record(at, turns, norms, seconds())
+        at.round += 1
+        self.history.stopped_by = "rounds"
+        done = at.round == self.settings.schedule.rounds
+        if self.settings.stop_epsilon is not None:
+            previous, at.objective = at.objective, self._objective(phase, at.problem)
+            self.history.rounds[-1].objective = at.objective
+            still = abs(at.objective - (previous or 0.0)) < self.settings.stop_epsilon
+            if still and at.round >= self.settings.schedule.min_rounds:
+                self.history.stopped_by = "epsilon"
+                done = True
+        return checkpoint.Position(phase=at.phase + 1) if done else at
+
+    def _run_round(
+        self, phase: Phase, problem: Problem, rates: list[float], until: tuple[int, int] | None = None
+    ) -> list[_Turn]:
+        """All turns of a round; with `until` (turn, steps) only those before that turn and that many steps of it."""
+        steps_per_pass = -(-self.x.shape[0] // self.settings.batch_size)
+        turns: list[_Turn] = []
+        for steps in self.settings.schedule.blocks(steps_per_pass):
+            for layer in phase.order:
+                if not self.network.trainable[layer]:
+                    continue
+                if until is not None and len(turns) == until[0]:
+                    if until[1]:
+                        self._run_block(phase, problem, layer, until[1], rates[layer], steps >= steps_per_pass)
+                    return turns
+                turns.append(self._run_block(phase, problem, layer, steps, rates[layer], steps >= steps_per_pass))
+        return turns
+
+    def _run_block(self, phase: Phase, problem: Problem, layer: int, steps: int, rate: float, keep: bool) -> _Turn:
+        """`steps` mini-batches of SNGD on one layer; `keep` says that the block sees every row."""
+        settings, layers = self.settings, self.network.layers
+        stop = _stopwatch(self.device)
+        place = phase.chain.index(layer)
+        prefix = [layers[i] for i in phase.chain[:place]]
+        suffix = [layers[i] for i in phase.chain[place + 1 :]]
+        weight, bias, activation = layers[layer]
+        velocity_weight, velocity_bias = self.velocities[layer]
+        if settings.reset_momentum:
+            for velocity in self.velocities[layer]:
+                if velocity is not None:
+                    velocity.zero_()
+        lr = torch.full((), rate, dtype=weight.dtype, device=weight.device)
+        if settings.relative_lr:
+            parts = [weight] if bias is None else [weight, bias]
+            lr = lr * torch.stack([torch.linalg.vector_norm(part) for part in parts]).norm()
+        kept = problem.behind(prefix) if keep and prefix else None
+        if kept is not None:
+            problem, prefix = kept, []
+        results = [
+            ops.sngd_epoch_(
+                weight, bias, x, target, order, settings.batch_size, suffix, activation, settings.loss, lr,
+                velocity_weight=velocity_weight, velocity_bias=velocity_bias,
+                momentum=settings.momentum, nesterov=settings.nesterov, backend=settings.backend,
+            )
+            for rows in self.streams[layer].take(steps)
+            for x, target, order in problem.pieces(rows, prefix, settings.batch_size)
+        ]  # fmt: skip
+        losses, norms = (torch.cat(part) for part in zip(*results, strict=True))
+        return _Turn(layer, lr, losses, norms, stop())
+
+    def _record(self, at: checkpoint.Position, turns: list[_Turn], norms: Tensor, seconds: float) -> None:
+        losses = torch.cat([turn.losses for turn in turns]).cpu()
+        rates = torch.stack([turn.lr for turn in turns]).cpu()
+        start = 0
+        for turn, lr in zip(turns, rates.tolist(), strict=True):
+            part = slice(start, start + len(turn.norms))
+            start = part.stop
+            skipped = int((norms[part] == 0).sum())
+            weight, bias, _ = self.network.layers[turn.layer]
+            width = weight.numel() + (0 if bias is None else bias.numel())
+            self.weights_updated += width * (len(turn.norms) - skipped)
+            self.history.blocks.append(
+                BlockRecord(
+                    phase=at.phase,
+                    round=len(self.history.rounds),
+                    layer=turn.layer,
+                    name=self.network.names[turn.layer],
+                    lr=lr,
+                    steps=len(turn.norms),
+                    skipped=skipped,
+                    loss=float(losses[part].mean()),
+                    norm_mean=float(norms[part].mean()),
+                    norm_min=float(norms[part].min()),
+                    norm_max=float(norms[part].max()),
+                    weights_updated=self.weights_updated,
+                    seconds=turn.seconds(),
+                )
+            )
+        self._record_round(at.phase, float(losses.mean()), len(losses), seconds)
+
+    def _record_round(self, phase: int, loss: float, steps: int, seconds: float) -> None:
+        metrics: dict[str, float] = {}
+        if self.validation is not None:
+            x, target, classes = self.validation
+            value, correct = evaluate(self.network.layers, x, target, self.settings.loss, self.settings.backend)
+            metrics["loss"] = float(value)
+            if classes:
+                metrics["accuracy"] = int(correct) / x.shape[0]
+        record = RoundRecord(phase, len(self.history.rounds), loss, None, metrics, steps, self.weights_updated, seconds)
+        self.history.rounds.append(record)
+
+    def _objective(self, phase: Phase, problem: Problem) -> float:
+        """The phase's loss over all training rows."""
+        chain = [self.network.layers[i] for i in phase.chain]
+        total = 0.0
+        for x, target in problem.all_pieces():
+            value, _ = evaluate(chain, x, target, self.settings.loss, self.settings.backend)
+            total += float(value) * x.shape[0]
+        return total / self.x.shape[0]
+
+    def _finetune_epoch(self) -> None:
+        stop = _stopwatch(self.device)
+        loss, updates = finetune.epoch(
+            self.network,
+            self.x,
+            self.target,
+            self.streams[-1],
+            loss=self.settings.loss,
+            lr=self.settings.schedule.finetune_lr,
+        )
+        seconds = stop()
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError("fine-tuning: the loss is no longer finite; lower finetune_lr", self.history)
+        parameters = (p for p in self.network.parameters() if p.requires_grad)
+        self.weights_updated += updates * sum(p.numel() for p in parameters)
+        self._record_round(-1, float(loss), updates, seconds())
+
+    def _raise_non_finite(
+        self,
+        before: dict[str, Any],
+        phase: Phase,
+        at: checkpoint.Position,
+        rates: list[float],
+        turns: list[_Turn],
+        step: int,
+        norm: float,
+    ) -> NoReturn:
+        """Go back to the weights before the first step that was not finite, and say where that was."""
+        index = 0
+        while step >= len(turns[index].norms):
+            step -= len(turns[index].norms)
+            index += 1
+        self.restore(before)
+        assert at.problem is not None
+        self._run_round(phase, at.problem, rates, until=(index, step))
+        layer = turns[index].layer
+        raise NonFiniteError(
+            f"layer {layer} ({self.network.names[layer]!r}), round {len(self.history.rounds)}, step {step} of its block "
+            f"{index}: the gradient's norm is {norm}; look for NaN or infinity in x and y, or lower lr. "
+            "The weights are those before that step.",
+            self.history,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that training depends on, apart from data and settings, copied."""
+        tensors = [[part for part in (w, b, *v) if part is not None] for (w, b, _), v in self._layers_and_velocities()]
+        return {
+            "tensors": [[part.clone() for part in parts] for parts in tensors],
+            "streams": [stream.state() for stream in self.streams],
+            "generator": self.generator.get_state(),
+            "weights_updated": self.weights_updated,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a `state`, weights included."""
+        for ((w, b, _), v), parts in zip(self._layers_and_velocities(), state["tensors"], strict=True):
+            for own, saved in zip((part for part in (w, b, *v) if part is not None), parts, strict=True):
+                own.copy_(saved)
+        for stream, saved in zip(self.streams, state["streams"], strict=True):
+            stream.restore(saved)
+        self.generator.set_state(state["generator"])
+        self.weights_updated = state["weights_updated"]
+
+    def _layers_and_velocities(self) -> Any:
+        return zip(self.network.layers, self.velocities, strict=True)

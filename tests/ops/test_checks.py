@@ -1,0 +1,130 @@
+"""A wrong argument is named, with what was expected and what came, before anything is changed."""
+
+import pytest
+import torch
+from support import make_problem
+
+from dante_kernels import ops
+from dante_kernels.ops import Layer
+
+WRONG = {
+    "weight": [
+        (lambda p: p.weight.half(), TypeError, "weight: expected float32 or float64, got float16"),
+        (lambda p: p.weight[0], ValueError, r"weight: expected shape \(n_out, n_in\), got \(5,\)"),
+        (lambda p: p.weight[:0], ValueError, r"weight: expected shape \(n_out, n_in\), got \(0, 5\)"),
+        (lambda p: p.weight[:1].expand(6, 5), ValueError, "weight: is changed in place, but elements share memory"),
+        (lambda p: p.weight.tolist(), TypeError, "weight: expected a torch.Tensor, got list"),
+    ],
+    "bias": [
+        (lambda p: p.bias[:2], ValueError, r"bias: expected shape \(6,\), got \(2,\)"),
+        (lambda p: p.bias.double(), TypeError, "bias: expected float32, got float64"),
+        (lambda p: p.bias[:1].expand(6), ValueError, "bias: is changed in place"),
+    ],
+    "x": [
+        (lambda p: p.x[:, :4], ValueError, r"x: expected shape \(rows, 5\), got \(7, 4\)"),
+        (lambda p: p.x.double(), TypeError, "x: expected float32 or bfloat16, got float64"),
+        (lambda p: p.x[:0], ValueError, "x: expected at least one row"),
+        (lambda p: p.x.to("meta"), ValueError, "x: expected on cpu, where the weight is, got meta"),
+    ],
+    "target": [
+        (lambda p: p.target[:3], ValueError, r"target: expected shape \(7,\), got \(3,\)"),
+        (lambda p: p.target.int(), TypeError, "target: expected int64 or float32, got int32"),
+        (lambda p: torch.zeros(7, 4), ValueError, r"target: expected shape \(7, 3\), got \(7, 4\)"),
+        (lambda p: torch.zeros(7, 3).double(), TypeError, "target: expected float32, got float64"),
+    ],
+    "suffix": [
+        (lambda p: [Layer(torch.zeros(3, 5), None, "relu")], ValueError, r"suffix\[0\] weight: expected shape \(n_out, 6\)"),
+        (lambda p: [Layer(torch.zeros(3, 6), torch.zeros(2), "relu")], ValueError, r"suffix\[0\] bias: expected shape \(3,\)"),
+        (lambda p: [Layer(torch.zeros(3, 6), None, "swish")], ValueError, "activation: expected one of"),
+        (lambda p: [torch.zeros(3, 6)], TypeError, r"suffix\[0\]: expected a Layer"),
+        (lambda p: [Layer(torch.zeros(1, 6), None, "relu")], ValueError, "target: class indices need at least 2 outputs"),
+    ],
+    "activation": [(lambda p: "swish", ValueError, "activation: expected one of")],
+    "loss": [(lambda p: "hinge", ValueError, "loss: expected one of mse")],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "error", "message"), [(name, *case) for name, cases in WRONG.items() for case in cases]
+)
+def test_a_wrong_part_of_the_problem_is_named(name, make, error, message, backend):
+    problem = make_problem(seed=0, class_indices=True)
+    before = problem.clone()
+    wrong = make(problem)
+    parts = dict(zip(("weight", "bias", "x", "target", "suffix", "activation", "loss"), problem.args, strict=True))
+    parts[name] = wrong
+    with pytest.raises(error, match=message):
+        ops.sngd_step_(*parts.values(), 0.1, backend=backend)
+    assert torch.equal(problem.weight, before.weight)
+    assert torch.equal(problem.bias, before.bias)
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "message"),
+    [
+        ({"lr": torch.zeros(2)}, ValueError, "lr: expected a number or a 0-dimensional tensor"),
+        ({"lr": torch.tensor(0.1).double()}, TypeError, "lr: expected float32, got float64"),
+        ({"momentum": 1.0}, ValueError, "momentum: expected a number from 0 to below 1, got 1.0"),
+        ({"momentum": -0.5}, ValueError, "momentum: expected"),
+        ({"momentum": 0.5}, ValueError, "velocity_weight: expected a tensor like the weight"),
+        ({"nesterov": True}, ValueError, "nesterov: expected a momentum above 0"),
+        ({"velocity_weight": torch.zeros(6, 5)}, ValueError, "velocity_bias: expected a tensor exactly where"),
+        ({"velocity_bias": torch.zeros(6)}, ValueError, "velocity_weight: expected a tensor beside velocity_bias"),
+        (
+            {"velocity_weight": torch.zeros(5, 6), "velocity_bias": torch.zeros(6)},
+            ValueError,
+            r"velocity_weight: expected shape \(6, 5\)",
+        ),
+        (
+            {"velocity_weight": torch.zeros(6, 5), "velocity_bias": torch.zeros(1).expand(6)},
+            ValueError,
+            "velocity_bias: is changed in place",
+        ),
+        ({"backend": "cuda"}, ValueError, "backend: expected auto or one of reference, cpp, triton, got 'cuda'"),
+    ],
+)
+def test_a_wrong_argument_of_the_update_is_named(more, error, message):
+    problem = make_problem(seed=0)
+    before = problem.weight.clone()
+    with pytest.raises(error, match=message):
+        ops.sngd_step_(*problem.args, more.pop("lr", 0.1), **more)
+    assert torch.equal(problem.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("order", "batch_size", "error", "message"),
+    [
+        (None, 0, ValueError, "batch_size: expected at least 1, got 0"),
+        (torch.arange(7).int(), 2, TypeError, "order: expected int64, got int32"),
+        (torch.zeros(2, 2, dtype=torch.int64), 2, ValueError, r"order: expected shape \(n,\)"),
+        (torch.zeros(0, dtype=torch.int64), 2, ValueError, r"order: expected shape \(n,\), got \(0,\)"),
+        (torch.tensor([0, 7]), 2, ValueError, "order: expected row numbers from 0 to 6, got 0 to 7"),
+        (torch.tensor([-1, 3]), 2, ValueError, "order: expected row numbers from 0 to 6, got -1 to 3"),
+    ],
+)
+def test_a_wrong_order_or_batch_size_is_named(order, batch_size, error, message, backend):
+    problem = make_problem(seed=0)
+    before = problem.weight.clone()
+    with pytest.raises(error, match=message):
+        ops.sngd_epoch_(*problem.args[:4], order, batch_size, *problem.args[4:], 0.1, backend=backend)
+    assert torch.equal(problem.weight, before)
+
+
+def test_an_explicit_backend_that_cannot_serve_raises(monkeypatch):
+    problem = make_problem(seed=0).to(torch.float64)
+    for backend in ("cpp", "triton"):
+        with pytest.raises(ValueError, match=f"backend: '{backend}' cannot serve this call: it takes float32 weights"):
+            ops.sngd_step_(*problem.args, 0.1, backend=backend)
+    monkeypatch.setenv("DANTE_BACKEND", "cpp")
+    with pytest.raises(ValueError, match="backend: 'cpp' cannot serve"):
+        ops.sngd_step_(*problem.args, 0.1)
+
+
+def test_the_environment_variable_chooses_the_backend(monkeypatch):
+    problem = make_problem(seed=0)
+    monkeypatch.setenv("DANTE_BACKEND", "reference")
+    by_variable = ops.layer_gradient(*problem.args)
+    assert torch.equal(by_variable[0], ops.layer_gradient(*problem.args, backend="reference")[0])
+    monkeypatch.setenv("DANTE_BACKEND", "abacus")
+    with pytest.raises(ValueError, match="backend: expected auto or one of"):
+        ops.layer_gradient(*problem.args)

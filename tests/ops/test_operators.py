@@ -1,0 +1,191 @@
+"""Every operator on every backend is right: DESIGN's error rule against the float64 reference."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import ACTIVATIONS, LOSSES, assert_error_rule, assert_same, make_problem, reference_gradient
+
+from dante_kernels import losses, ops, reference
+from dante_kernels.ops import Layer
+
+SHAPES = {  # rows, n_in, widths of the active layer and the suffix
+    "batch of one": (1, 5, (4, 3)),
+    "one output": (9, 7, (1,)),
+    "one input, one unit": (5, 1, (1, 2)),
+    "last layer": (20, 33, (10,)),
+    "odd sizes": (13, 17, (19, 7)),
+    "deep suffix": (6, 9, (8, 7, 5, 6, 3)),
+    "wider than a tile": (21, 100, (70, 10)),
+    "784-100-10": (20, 784, (100, 10)),
+    "wide output": (5, 12, (6, 150)),
+    "many rows": (130, 6, (5, 4)),
+}
+
+
+def check_forward(problem, backend):
+    args = (problem.x, problem.weight, problem.bias, problem.activation)
+    exact = problem.to(torch.float64)
+    got = ops.layer_forward(*args, backend=backend)
+    assert_error_rule(
+        "h", got, reference.layer_forward(*args), reference.layer_forward(exact.x, exact.weight, exact.bias, exact.activation)
+    )
+
+
+def check_gradient(problem, backend):
+    got = ops.layer_gradient(*problem.args, backend=backend)
+    torch32, exact = (reference_gradient(problem, dtype) for dtype in (torch.float32, torch.float64))
+    for name, ours, theirs, truth in zip(("grad_weight", "grad_bias", "norm"), got, torch32, exact, strict=True):
+        if ours is not None:
+            assert_error_rule(name, ours, theirs, truth)
+
+
+def check_step(problem, backend, momentum=0.0, nesterov=False, lr=0.3):
+    """Two steps, so that the velocity of the first enters the second."""
+    results = []
+    for kind, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        p = problem.clone() if dtype == torch.float32 else problem.to(dtype)
+        v = torch.zeros_like(p.weight) if momentum else None
+        vb = torch.zeros_like(p.bias) if momentum and p.bias is not None else None
+        outcome = []
+        for _ in range(2):
+            outcome += ops.sngd_step_(
+                *p.args, lr, velocity_weight=v, velocity_bias=vb, momentum=momentum, nesterov=nesterov, backend=kind
+            )
+        results.append([*outcome, *(t for t in (p.weight, p.bias, v, vb) if t is not None)])
+    for i, (ours, theirs, truth) in enumerate(zip(*results, strict=True)):
+        assert_error_rule(f"result {i}", ours, theirs, truth)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_right_at_every_shape(backend, shape, loss):
+    rows, n_in, widths = SHAPES[shape]
+    if loss == "cross_entropy" and widths[-1] == 1:
+        pytest.skip("softmax over one class has no gradient")
+    problem = make_problem(seed=len(shape), rows=rows, n_in=n_in, widths=widths, loss=loss)
+    check_forward(problem, backend)
+    check_gradient(problem, backend)
+    check_step(problem, backend)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("class_indices", [True, False])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_right_for_every_loss_and_activation(backend, loss, activation, class_indices, depth):
+    problem = make_problem(
+        seed=17 + depth, rows=11, n_in=9, widths=(12, 6, 5)[2 - depth :], loss=loss, activation=activation,
+        class_indices=class_indices, bias=depth != 1,
+    )  # fmt: skip
+    check_forward(problem, backend)
+    check_gradient(problem, backend)
+    check_step(problem, backend)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_right_with_momentum(backend, nesterov, bias):
+    problem = make_problem(seed=5, rows=12, n_in=20, widths=(18, 5), bias=bias)
+    check_step(problem, backend, momentum=0.9, nesterov=nesterov)
+
+
+@st.composite
+def laid_out(draw, tensor):
+    """A tensor's values in some other memory layout: transposed, every other element, an offset, or all of them."""
+    if draw(st.booleans()):
+        tensor = tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
+    steps = [draw(st.integers(1, 3)) for _ in tensor.shape]
+    offset = draw(st.integers(0, 3))
+    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+    storage_shape = [tensor.shape[d] * steps[d] for d in order]
+    storage = torch.full([offset + int(torch.tensor(storage_shape).prod())], 77, dtype=tensor.dtype)[offset:]
+    view = storage.view(storage_shape).permute([order.index(d) for d in range(tensor.dim())])
+    view = view[tuple(slice(None, None, step) for step in steps)]
+    view.copy_(tensor)
+    return view
+
+
+@settings(max_examples=25, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_right_for_any_shape_and_strides(backend, data):
+    draw = data.draw
+    widths = tuple(draw(st.lists(st.integers(1, 40), min_size=1, max_size=3)))
+    loss = draw(st.sampled_from(LOSSES if widths[-1] > 1 else ("mse", "binary_cross_entropy")))
+    problem = make_problem(
+        seed=draw(st.integers(0, 1000)), rows=draw(st.integers(1, 40)), n_in=draw(st.integers(1, 70)), widths=widths,
+        loss=loss, activation=draw(st.sampled_from(["leaky_relu", "sigmoid", "tanh"])), bias=draw(st.booleans()),
+    )  # fmt: skip
+    for name in ("weight", "bias", "x", "target"):
+        if getattr(problem, name) is not None:
+            setattr(problem, name, draw(laid_out(getattr(problem, name))))
+    problem.suffix = [Layer(draw(laid_out(w)), b if b is None else draw(laid_out(b)), phi) for w, b, phi in problem.suffix]
+    check_forward(problem, backend)
+    check_gradient(problem, backend)
+    check_step(problem, backend, momentum=draw(st.sampled_from([0.0, 0.5])))
+
+
+def test_a_weight_that_is_a_view_is_changed_where_it_lies(backend):
+    problem = make_problem(seed=4, rows=8, n_in=11, widths=(7, 3))
+    expected = problem.clone()
+    ops.sngd_step_(*expected.args, 0.1, backend=backend)
+    storage = torch.full((22, 9), 77.0)
+    storage[::2, 1:8] = problem.weight.t()
+    problem.weight = storage[::2, 1:8].t()
+    ops.sngd_step_(*problem.args, 0.1, backend=backend)
+    assert_same(backend, storage[::2, 1:8].t(), expected.weight)
+    storage[::2, 1:8] = 77.0
+    assert bool((storage == 77.0).all())
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "generalized_relu"])
+def test_relu_masks_are_exact_where_the_arithmetic_is(backend, activation):
+    """On small dyadic numbers every product and sum is exact, also at z = 0, so masks must agree bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randint(-4, 5, shape, generator=generator) / 4
+
+    phi = ACTIVATIONS["relu"] if activation == "relu" else ACTIVATIONS["generalized_relu"]
+    weight, bias, x = draw(24, 18), draw(24), draw(33, 18)
+    z = x @ weight.t() + bias
+    assert bool((z == 0).any())
+    assert torch.equal(ops.layer_forward(x, weight, bias, phi, backend=backend), phi.phi(z))
+    w2, target = draw(1, 24), draw(33, 1)
+    problem = (weight, bias, x[:32], target[:32], [Layer(w2, None, "identity")], phi, "mse")
+    grad_weight, grad_bias, _ = ops.layer_gradient(*problem, backend=backend)
+    exact = ops.layer_gradient(*(p.double() if isinstance(p, torch.Tensor) else p for p in problem[:4]),
+                               [Layer(w2.double(), None, "identity")], phi, "mse", backend="reference")  # fmt: skip
+    assert torch.equal(grad_weight.double(), exact[0])
+    assert torch.equal(grad_bias.double(), exact[1])
+
+
+def test_bfloat16_inputs_are_used_at_full_precision(backend):
+    problem = make_problem(seed=6, rows=30, n_in=40, widths=(20, 5))
+    problem.x = problem.x.bfloat16()
+    wide = problem.clone()
+    wide.x = problem.x.float()
+    assert torch.equal(
+        ops.layer_forward(problem.x, problem.weight, problem.bias, problem.activation, backend=backend),
+        ops.layer_forward(wide.x, wide.weight, wide.bias, wide.activation, backend=backend),
+    )
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    ops.sngd_epoch_(*problem.args[:4], order, 8, *problem.args[4:], 0.1, backend=backend)
+    ops.sngd_epoch_(*wide.args[:4], order, 8, *wide.args[4:], 0.1, backend=backend)
+    assert torch.equal(problem.weight, wide.weight)
+    assert torch.equal(problem.bias, wide.bias)
+
+
+def test_no_rows_give_no_activations(backend):
+    problem = make_problem(seed=0)
+    h = ops.layer_forward(problem.x[:0], problem.weight, problem.bias, problem.activation, backend=backend)
+    assert h.shape == (0, problem.weight.shape[0])
+
+
+def test_float64_is_served_by_the_reference(caplog):
+    problem = make_problem(seed=0).to(torch.float64)
+    before = problem.weight.clone()
+    loss, norm = ops.sngd_step_(*problem.args, 0.1)
+    assert loss.dtype == norm.dtype == torch.float64
+    assert not torch.equal(before, problem.weight)
+    assert losses.CODES.keys() == set(LOSSES)

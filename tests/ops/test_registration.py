@@ -1,0 +1,80 @@
+"""The operators are good citizens of torch: schemas with their mutations, fakes, functionalization."""
+
+import pytest
+import torch
+from support import make_problem
+from torch.library import opcheck
+
+from dante_kernels import ops
+
+
+def flat(problem):
+    active, *rest = [problem.activation, *(phi for _, _, phi in problem.suffix)]
+    numbers = active.encode() + [number for phi in rest for number in phi.encode()]
+    return (
+        [problem.weight, problem.bias, problem.x, problem.target],
+        [[w for w, _, _ in problem.suffix], [b for _, b, _ in problem.suffix], numbers, 0],
+    )
+
+
+def samples(bias):
+    problem = make_problem(seed=0, bias=bias)
+    data, chain = flat(problem)
+    lr = torch.tensor(0.1)
+    velocity = (torch.zeros_like(problem.weight), torch.zeros_like(problem.bias) if bias else None)
+    return {
+        "layer_forward": (problem.x, problem.weight, problem.bias, chain[2][:3]),
+        "layer_gradient": (*data, *chain),
+        "sngd_step_": (*data, *chain, lr, *velocity, 0.9, True),
+        "sngd_epoch_": (*data, torch.randperm(7), 3, *chain, lr),
+    }
+
+
+@pytest.mark.parametrize("name", ["layer_forward", "layer_gradient", "sngd_step_", "sngd_epoch_"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_opcheck_passes(name, bias, backend):
+    operator = getattr(torch.ops.dante, name).default
+    opcheck(operator, samples(bias)[name], {"backend": backend})
+
+
+@pytest.mark.parametrize("name", ["layer_forward", "layer_gradient", "sngd_step_", "sngd_epoch_"])
+def test_fakes_have_the_shapes_and_dtypes_of_the_real_thing(name, backend):
+    operator = getattr(torch.ops.dante, name)
+    args = samples(True)[name]
+    real = operator(*args, backend=backend)
+    meta = [
+        [t.to("meta") if isinstance(t, torch.Tensor) else t for t in a]
+        if isinstance(a, list)
+        else a.to("meta")
+        if isinstance(a, torch.Tensor)
+        else a
+        for a in args
+    ]
+    fake = operator(*meta, backend=backend)
+    for r, f in zip(real if isinstance(real, tuple) else [real], fake if isinstance(fake, tuple) else [fake], strict=True):
+        assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+
+
+def test_a_compiled_graph_sees_the_mutation():
+    eager, compiled = make_problem(seed=1), make_problem(seed=1)
+
+    def step(problem):
+        problem.weight.mul_(1.5)
+        loss, _ = ops.sngd_step_(*problem.args, 0.1, backend="reference")
+        return problem.weight.sum() + loss
+
+    expected = step(eager)
+    got = torch.compile(lambda: step(compiled), backend="aot_eager")()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(compiled.weight, eager.weight)
+
+
+def test_schemas_declare_what_is_changed():
+    for name in ("sngd_step_", "sngd_epoch_"):
+        schema = getattr(torch.ops.dante, name).default._schema
+        written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        assert written == {"weight", "bias", "velocity_weight", "velocity_bias"}
+    for name in ("layer_forward", "layer_gradient"):
+        schema = getattr(torch.ops.dante, name).default._schema
+        assert all(a.alias_info is None for a in schema.arguments)
