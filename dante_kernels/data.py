@@ -149,8 +149,8 @@ def load_digits(seed: int = 0) -> Dataset:
     x_train, x_test, y_train, y_test = model_selection.train_test_split(
         (pixels / 16).astype(np.float32), labels.astype(np.int64), test_size=0.2, stratify=labels, random_state=seed
     )
-    parts = (torch.from_numpy(np.ascontiguousarray(part)) for part in (x_train, y_train, x_test, y_test))
-    return Dataset(*parts, classes=10, name="digits")
+    as_tensor = torch.from_numpy
+    return Dataset(as_tensor(x_train), as_tensor(y_train), as_tensor(x_test), as_tensor(y_test), classes=10, name="digits")
 
 
 def load_idx(directory: str | os.PathLike[str], name: str | None = None) -> Dataset:
@@ -274,7 +274,7 @@ def _fetch_file(pooch: Any, name: str, file: str, directory: Path) -> None:
             )
             return
         except requests.HTTPError as error:
-            reasons.append(f"{url} answered {error.response.status_code}")
+            reasons.append(f"{url} answered {'with an error' if error.response is None else error.response.status_code}")
         except requests.RequestException as error:
             reasons.append(f"{url} cannot be reached ({type(error).__name__})")
         except ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from . import activations
@@ -89,7 +90,7 @@ def from_module(model: nn.Module, loss: str) -> Network:
         loss: ``"mse"``, ``"cross_entropy"`` or ``"binary_cross_entropy"``.
 
     Raises:
-        TypeError: where the model is no nn.Sequential.
+        TypeError: where the model is no nn.Sequential, or its weights are neither float32 nor float64.
         ValueError: naming the first module that does not fit and where it sits.
     """
     if not isinstance(model, nn.Sequential):
@@ -121,6 +122,7 @@ def from_module(model: nn.Module, loss: str) -> Network:
     if not linears:
         raise ValueError("model: expected at least one nn.Linear, got none")
     _check_unshared(linears)
+    _check_dtype_and_device(linears)
     return Network(
         layers=tuple(_view(linear, phi) for (_, linear), phi in zip(linears, chosen, strict=True)),
         names=tuple(name for name, _ in linears),
@@ -142,9 +144,20 @@ def _check_unshared(linears: list[tuple[str, nn.Linear]]) -> None:
     seen: dict[int, str] = {}
     for name, linear in linears:
         for parameter in linear.parameters():
-            if parameter.data_ptr() in seen and parameter.numel():
-                _reject(name, linear, f"shares a parameter with {seen[parameter.data_ptr()]!r}; layers are trained one by one")
-            seen[parameter.data_ptr()] = name
+            place = parameter.data_ptr() or id(parameter)  # meta tensors have no address
+            if place in seen:
+                _reject(name, linear, f"shares a parameter with {seen[place]!r}; layers are trained one by one")
+            seen[place] = name
+
+
+def _check_dtype_and_device(linears: list[tuple[str, nn.Linear]]) -> None:
+    first = linears[0][1].weight
+    if first.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"model: expected float32 or float64 weights, got {first.dtype}")
+    for name, linear in linears:
+        for parameter in linear.parameters():
+            if (parameter.dtype, parameter.device) != (first.dtype, first.device):
+                _reject(name, linear, f"is {parameter.dtype} on {parameter.device}, the first {first.dtype} on {first.device}")
 
 
 def _view(linear: nn.Linear, activation: Activation | None) -> Layer:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dante_kernels import losses, reference
 from dante_kernels.activations import Activation
@@ -118,3 +119,26 @@ def assert_same(backend: str, got: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     else:
         assert torch.equal(got, expected), f"{(got - expected).abs().max()}"
+
+
+def blobs(rows=90, n_in=6, classes=3, seed=0):
+    """Clouds of points around a centre per class: (x, y)."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 3 * torch.randn(classes, n_in, generator=generator)
+    y = torch.arange(rows) % classes
+    return centres[y] + torch.randn(rows, n_in, generator=generator), y
+
+
+def net(*widths, activation=nn.Tanh, seed=0, output=None):
+    """A chain of nn.Linear of these widths, with an activation module after each but the last, which has `output`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        modules = []
+        for i, (n_in, n_out) in enumerate(pairwise(widths)):
+            modules += [nn.Linear(n_in, n_out), activation() if i < len(widths) - 2 else (output or nn.Identity)()]
+        return nn.Sequential(*modules)
+
+
+def weights(model):
+    """All parameters of a model as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -175,10 +175,13 @@ def _check_settings(settings: Settings, direction: str, precision: str | None, l
     if settings.prefix_budget < 0:
         raise ValueError(f"prefix_budget: expected a number of bytes, 0 or more, got {settings.prefix_budget}")
     if not callable(settings.lr):
-        rates = [settings.lr] if isinstance(settings.lr, int | float) else list(settings.lr)
-        if not isinstance(settings.lr, int | float) and len(rates) != layers:
+        one = isinstance(settings.lr, int | float | str)
+        rates = [settings.lr] if one else list(settings.lr)  # type: ignore[arg-type]
+        if not one and len(rates) != layers:
             raise ValueError(f"lr: expected a number or one for each of {layers} layers, got {len(rates)}")
         for rate in rates:
+            if isinstance(rate, bool) or not isinstance(rate, int | float):
+                raise TypeError(f"lr: expected a number, one per layer, or a callable of the round, got {settings.lr!r}")
             if not (math.isfinite(rate) and rate > 0):
                 raise ValueError(f"lr: expected a finite number above 0, got {rate}")
 

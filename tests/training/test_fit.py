@@ -5,31 +5,12 @@ import math
 
 import pytest
 import torch
+from support import blobs, net, weights
 from torch import nn
 
 import dante_kernels as dk
 from dante_kernels import losses
 from dante_kernels.ops import backends
-
-
-def blobs(rows=90, n_in=6, classes=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    centres = 3 * torch.randn(classes, n_in, generator=generator)
-    y = torch.arange(rows) % classes
-    return centres[y] + torch.randn(rows, n_in, generator=generator), y
-
-
-def net(*widths, activation=nn.Tanh, seed=0, output=None):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        modules = []
-        for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            modules += [nn.Linear(n_in, n_out), activation() if i < len(widths) - 2 else (output or nn.Identity)()]
-        return nn.Sequential(*modules)
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_it_trains_in_place_and_returns_the_history():
