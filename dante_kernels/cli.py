@@ -103,6 +103,8 @@ def train(
             raise UsageError("--data-dir: digits come with scikit-learn; it goes with the other data sets")
         if schedule not in SCHEDULES:
             raise UsageError(f"--schedule: expected {' or '.join(SCHEDULES)}, got {schedule!r}")
+        if not 0 <= seed < 2**63:
+            raise UsageError(f"--seed: expected a number from 0 to 2^63 - 1, got {seed}")
         if force and output is None:
             raise UsageError("--force: goes with --output; without it nothing is overwritten")
         target = Path(f"dante-{dataset}.safetensors") if output is None else output
@@ -307,10 +309,13 @@ def _progress(rounds: int, quiet: bool) -> Iterator[Callable[[History], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda history: None
+        return
     columns = (
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=rounds)
 
         def advance(history: History) -> None:
@@ -366,11 +371,18 @@ def _save(model: nn.Sequential, target: Path, metadata: dict[str, str], *, overw
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         save_file(weights, temporary, metadata=metadata)
-        place = target if overwrite else _reserve(target)
-        os.replace(temporary, place)
+        if overwrite:
+            os.replace(temporary, target)
+            return target
+        place = _reserve(target)
+        try:
+            os.replace(temporary, place)
+        except BaseException:
+            place.unlink()
+            raise
+        return place
     finally:
         temporary.unlink(missing_ok=True)
-    return place
 
 
 def _reserve(target: Path) -> Path:

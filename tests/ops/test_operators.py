@@ -41,20 +41,25 @@ def check_gradient(problem, backend):
 
 
 def check_step(problem, backend, momentum=0.0, nesterov=False, lr=0.3):
-    """Two steps, so that the velocity of the first enters the second."""
-    results = []
-    for kind, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
-        p = problem.clone() if dtype == torch.float32 else problem.to(dtype)
-        v = torch.zeros_like(p.weight) if momentum else None
-        vb = torch.zeros_like(p.bias) if momentum and p.bias is not None else None
-        outcome = []
-        for _ in range(2):
-            outcome += ops.sngd_step_(
+    """Two steps, so that the velocity of the first enters the second, each judged by itself: torch starts where ours did."""
+    ours = problem.clone()
+    velocity = [torch.zeros_like(t) if momentum and t is not None else None for t in (ours.weight, ours.bias)]
+    for step in range(2):
+        results = []
+        for kind, dtype in (("reference", torch.float32), ("reference", torch.float64), (backend, torch.float32)):
+            p, (v, vb) = ours, velocity
+            if len(results) < 2:
+                p = ours.to(dtype)
+                v, vb = (None if t is None else t.to(dtype, copy=True) for t in velocity)
+            outcome = ops.sngd_step_(
                 *p.args, lr, velocity_weight=v, velocity_bias=vb, momentum=momentum, nesterov=nesterov, backend=kind
             )
-        results.append([*outcome, *(t for t in (p.weight, p.bias, v, vb) if t is not None)])
-    for i, (ours, theirs, truth) in enumerate(zip(*results, strict=True)):
-        assert_error_rule(f"result {i}", ours, theirs, truth)
+            changed = {"weight": p.weight, "bias": p.bias, "velocity_weight": v, "velocity_bias": vb}
+            results.append(dict(zip(("loss", "norm"), outcome, strict=True)) | changed)
+        torch32, exact, got = results
+        for name, value in got.items():
+            if value is not None:
+                assert_error_rule(f"step {step}: {name}", value, torch32[name], exact[name])
 
 
 @pytest.mark.parametrize("shape", SHAPES)

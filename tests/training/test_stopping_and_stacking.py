@@ -49,11 +49,11 @@ def autoencoder_data():
 
 @pytest.mark.parametrize("whole_network", [False, True])
 @pytest.mark.parametrize("blocks", [{}, {"inner_epochs": 1, "inner_steps": 4}])
-def test_a_stacked_autoencoders_loss_falls_in_every_phase(backend, whole_network, blocks):
+def test_a_stacked_autoencoders_loss_falls_in_every_phase(whole_network, blocks):
     x = autoencoder_data()
     model = net(12, 8, 3, 8, 12, activation=nn.Sigmoid, output=nn.Sigmoid)
     schedule = dk.StackedAutoencoder(rounds=8, whole_network=whole_network, **blocks)
-    history = dk.fit(model, x, schedule=schedule, lr=0.5, batch_size=10, backend=backend, validation=(x, None))
+    history = dk.fit(model, x, schedule=schedule, lr=0.5, batch_size=10, validation=(x, None))
     assert {b.phase: {c.layer for c in history.blocks if c.phase == b.phase} for b in history.blocks} == {0: {0, 3}, 1: {1, 2}}
     assert [b.layer for b in history.blocks[:2]] == [3, 0]
     for phase in (0, 1):
@@ -62,6 +62,17 @@ def test_a_stacked_autoencoders_loss_falls_in_every_phase(backend, whole_network
         assert falling[-1] < 0.97 * falling[0]
     assert history.rounds[-1].metrics["loss"] == pytest.approx(nn.functional.mse_loss(model(x), x).item(), rel=1e-3)
     assert "accuracy" not in history.rounds[-1].metrics
+
+
+def test_a_stacked_autoencoder_trains_on_every_backend(backend):
+    x = autoencoder_data()[:30]
+    outcomes = []
+    for kind in ("reference", backend):
+        model = net(12, 8, 3, 8, 12, activation=nn.Sigmoid, output=nn.Sigmoid)
+        history = dk.fit(model, x, schedule=dk.StackedAutoencoder(rounds=2), lr=0.5, batch_size=15, backend=kind)
+        outcomes.append(torch.tensor([r.loss for r in history.rounds]))
+        assert all(a > b for a, b in outcomes[-1].reshape(2, 2).tolist())
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-4, atol=0)
 
 
 def test_the_inner_pair_learns_the_trained_encoders_activations():
@@ -80,14 +91,14 @@ def test_the_inner_pair_learns_the_trained_encoders_activations():
     torch.testing.assert_close(model[4].weight, inner[2].weight, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("budget", [2**30, 500, 0])
+@pytest.mark.parametrize("budget", [500, 0])
 def test_a_stacked_autoencoder_gives_the_same_result_within_any_budget(backend, budget):
-    x = autoencoder_data()
+    x = autoencoder_data()[:50]
     outcomes = []
     for b in (2**30, budget):
         model = net(12, 8, 3, 8, 12, activation=nn.Sigmoid, output=nn.Sigmoid)
         history = dk.fit(
-            model, x, schedule=dk.StackedAutoencoder(rounds=2), lr=0.3, batch_size=16, prefix_budget=b, backend=backend,
+            model, x, schedule=dk.StackedAutoencoder(rounds=1), lr=0.3, batch_size=16, prefix_budget=b, backend=backend,
             stop_epsilon=1e-12,
         )  # fmt: skip
         outcomes.append((weights(model), history.rounds[-1].objective))

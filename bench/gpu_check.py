@@ -1,0 +1,348 @@
+"""Prove and time the GPU kernels: one command, no arguments, under 8 minutes.
+
+    python bench/gpu_check.py
+
+First correctness: every operator against the float64 reference on the CPU by the error rule of the tests, equality of a
+pass with its steps, 200 repeats bitwise while another stream keeps the device busy, capture in a CUDA graph, and
+compute-sanitizer on small cases where it is installed. Only when all of that holds, the timings: microseconds of an SNGD
+step against the same step and a plain SGD step by torch, eager and as CUDA graphs, in one process, interleaved. Results
+go to bench/results/ as JSON with device, versions and commit. ``--device cpu`` with TRITON_INTERPRET=1 is a rehearsal
+without a GPU: a few of the checks, no timings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+from support import ACTIVATIONS, LOSSES, Problem, assert_error_rule, make_problem
+
+from dante_kernels import losses, ops, reference
+from dante_kernels.ops import Layer, backends
+
+SHAPES = [  # rows, n_in, widths of the active layer and its suffix
+    (1, 5, (4, 3)), (9, 7, (1,)), (20, 784, (100, 10)), (100, 784, (100, 10)), (100, 100, (10,)),
+    (33, 784, (400, 200, 10)), (17, 65, (129, 31, 7, 5)), (50, 3072, (512, 10)), (40, 60, (30, 784)),
+]  # fmt: skip
+TIMED = [(784, 100, 10), (784, 400, 200, 10), (3072, 512, 10)]
+BATCHES = (20, 100, 500)
+
+
+def moved(problem: Problem, device: torch.device) -> Problem:
+    """A copy of a problem on a device."""
+
+    def move(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t.to(device, copy=True)
+
+    suffix = [Layer(move(w), move(b), phi) for w, b, phi in problem.suffix]
+    return Problem(*(move(t) for t in problem.args[:4]), suffix, *problem.args[5:])
+
+
+def cases(few: bool) -> Iterator[dict[str, Any]]:
+    """The correctness cases: all losses, activations and depths, shapes, tails, with and without bias and momentum."""
+    for i, (rows, n_in, widths) in enumerate(SHAPES[: 2 if few else None]):
+        for loss in LOSSES:
+            if loss != "cross_entropy" or widths[-1] > 1:
+                yield {"seed": i, "rows": rows, "n_in": n_in, "widths": widths, "loss": loss}
+    for i, activation in enumerate(ACTIVATIONS):
+        for loss in LOSSES[: 1 if few else None]:
+            for widths in ((12,), (12, 6), (12, 6, 5, 4)):
+                yield {
+                    "seed": 20 + i, "rows": 27, "n_in": 19, "widths": widths, "loss": loss, "activation": activation,
+                    "bias": len(widths) != 2,
+                }  # fmt: skip
+
+
+def results_of(problem: Problem, backend: str, momentum: float) -> list[torch.Tensor]:
+    """What every operator gives for a problem: forward, gradient, then a pass of three steps and all that it changed."""
+    out = [ops.layer_forward(problem.x, problem.weight, problem.bias, problem.activation, backend=backend)]
+    out += [t for t in ops.layer_gradient(*problem.args, backend=backend) if t is not None]
+    v = torch.zeros_like(problem.weight) if momentum else None
+    vb = torch.zeros_like(problem.bias) if momentum and problem.bias is not None else None
+    rows = problem.x.shape[0]
+    order = torch.arange(rows - 1, -1, -1, device=problem.x.device)
+    out += ops.sngd_epoch_(
+        *problem.args[:4], order, max(1, -(-rows // 3)), *problem.args[4:], 0.1,
+        velocity_weight=v, velocity_bias=vb, momentum=momentum, backend=backend,
+    )  # fmt: skip
+    return [t.detach().cpu() for t in (*out, problem.weight, problem.bias, v, vb) if t is not None]
+
+
+def check_right(device: torch.device, few: bool) -> str:
+    """Every case within the error rule, in every precision that torch's switch knows."""
+    count = 0
+    for precision in ("highest",) if few else ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        for case in cases(few):
+            for momentum in (0.0, 0.9):
+                problem = make_problem(**case)
+                truth = results_of(problem.to(torch.float64), "reference", momentum)
+                theirs = results_of(moved(problem, device), "reference", momentum)
+                ours = results_of(moved(problem, device), "triton", momentum)
+                for i, (a, b, c) in enumerate(zip(ours, theirs, truth, strict=True)):
+                    if precision == "medium":  # torch's own switch does not make its products this narrow everywhere
+                        assert (a - c).norm() <= 0.03 * c.norm() + 1e-6, f"{case}, momentum {momentum}: result {i}"
+                    else:
+                        assert_error_rule(f"{precision}, {case}, momentum {momentum}: result {i}", a, b, c)
+                count += 1
+    torch.set_float32_matmul_precision("highest")
+    return f"{count} cases"
+
+
+def check_epoch_equals_steps(device: torch.device, few: bool) -> str:
+    """A pass gives the bits of its steps taken one by one on gathered rows."""
+    for case in cases(few):
+        whole, single = (moved(make_problem(**case), device) for _ in range(2))
+        rows = whole.x.shape[0]
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(device)
+        batch = max(1, rows // 3)
+        values, norms = ops.sngd_epoch_(*whole.args[:4], order, batch, *whole.args[4:], 0.1, backend="triton")
+        for step, start in enumerate(range(0, rows, batch)):
+            chosen = order[start : start + batch]
+            value, norm = ops.sngd_step_(
+                single.weight, single.bias, single.x[chosen], single.target[chosen], *single.args[4:], 0.1, backend="triton"
+            )
+            assert torch.equal(value, values[step]), f"{case}: loss of step {step}"
+            assert torch.equal(norm, norms[step]), f"{case}: norm of step {step}"
+        assert torch.equal(whole.weight, single.weight), f"{case}: weight"
+    return "all cases"
+
+
+def check_repeats(device: torch.device, few: bool) -> str:
+    """The same bits 200 times, while another stream keeps the device busy."""
+    repeats = 3 if few else 200
+    load = torch.randn(2048, 2048, device=device) if device.type == "cuda" else None
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for rows, n_in, widths in [SHAPES[0]] if few else [SHAPES[3], SHAPES[5]]:
+        first = None
+        for _ in range(repeats):
+            if stream is not None:
+                with torch.cuda.stream(stream):
+                    load = (load @ load).clamp(-1, 1)
+            problem = moved(make_problem(seed=3, rows=rows, n_in=n_in, widths=widths), device)
+            got = results_of(problem, "triton", 0.9)
+            first = first or got
+            assert all(torch.equal(a, b) for a, b in zip(first, got, strict=True)), f"{n_in}-{widths} differs from run to run"
+    return f"{repeats} repeats"
+
+
+def check_skips(device: torch.device, few: bool) -> str:
+    """NaN in the input, a class out of range and a row number out of range: the step is skipped and reported."""
+    for spoil in ("x", "target", "order"):
+        problem = moved(make_problem(seed=2, rows=8, class_indices=True), device)
+        order = torch.arange(8, device=device)
+        if spoil == "x":
+            problem.x[1, 0] = torch.nan
+        elif spoil == "target":
+            problem.target[1] = 99
+        elif device.type == "cuda":
+            order[1] = 10**9
+        else:
+            continue
+        before = problem.weight.clone()
+        _, norms = ops.sngd_epoch_(*problem.args[:4], order, 8, *problem.args[4:], 0.1, backend="triton")
+        assert bool(norms.isnan().all()), spoil
+        assert torch.equal(problem.weight, before), spoil
+    return "NaN, class and row number"
+
+
+def check_graph_capture(device: torch.device, few: bool) -> str:
+    """A pass captured in a CUDA graph replays to the bits of the eager pass, and reads lr from the device."""
+    if device.type != "cuda":
+        return "not on this device"
+    eager, captured = (moved(make_problem(seed=4, rows=100, n_in=784, widths=(100, 10)), device) for _ in range(2))
+    lr = torch.tensor(0.1, device=device)
+    order = torch.arange(100, device=device)
+
+    def run(problem: Problem) -> None:
+        ops.sngd_epoch_(*problem.args[:4], order, 20, *problem.args[4:], lr, backend="triton")
+
+    start = captured.weight.clone(), captured.bias.clone()
+    graph = graph_of(lambda: run(captured))
+    captured.weight.copy_(start[0])
+    captured.bias.copy_(start[1])
+    for rate in (0.1, 0.05):
+        lr.fill_(rate)
+        run(eager)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(eager.weight, captured.weight)
+    return "replays to the eager bits"
+
+
+def check_sanitizer(device: torch.device, few: bool) -> str:
+    """memcheck and racecheck find nothing on the small cases."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if device.type != "cuda" or tool is None:
+        return "compute-sanitizer is not available"
+    for kind in ("memcheck", "racecheck"):
+        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--sanitize"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+        assert done.returncode == 0, f"{kind}: {done.stdout[-2000:]} {done.stderr[-500:]}"
+    return "memcheck and racecheck are clean"
+
+
+CHECKS = [check_right, check_epoch_equals_steps, check_repeats, check_skips, check_graph_capture, check_sanitizer]
+
+
+def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """`run` captured as a CUDA graph, after a warm-up on a side stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def competitors(widths: tuple[int, ...], batch: int, device: torch.device) -> tuple[int, dict[str, Callable[[], object]]]:
+    """(steps in a call, calls): each runs that many steps on a first layer (or the whole net, for SGD) of these widths."""
+    steps = 20
+    n_in, *rest = widths
+
+    def fresh() -> Problem:
+        return moved(make_problem(seed=1, rows=steps * batch, n_in=n_in, widths=tuple(rest), class_indices=True), device)
+
+    order = torch.randperm(steps * batch, device=device)
+    lr = torch.tensor(1e-3, device=device)
+    mine, plain = fresh(), fresh()
+
+    def sngd_triton() -> object:
+        return ops.sngd_epoch_(*mine.args[:4], order, batch, *mine.args[4:], lr, backend="triton")
+
+    def sngd_torch() -> object:
+        p = plain
+        return reference.sngd_epoch_(
+            *p.args[:4], order, batch, p.suffix, p.activation, losses.code(p.loss), lr, None, None, 0.0, False
+        )
+
+    sgd = fresh()
+    parameters = [t.requires_grad_() for layer in ((sgd.weight, sgd.bias), *sgd.suffix) for t in layer[:2]]
+    one_hot = torch.nn.functional.one_hot(sgd.target, widths[-1]).float()
+
+    def sgd_torch() -> None:
+        for start in range(0, steps * batch, batch):
+            rows = order[start : start + batch]
+            h = sgd.x[rows]
+            for w, b in zip(parameters[::2], parameters[1::2], strict=True):
+                h = torch.nn.functional.leaky_relu(torch.nn.functional.linear(h, w, b), 0.01)
+            gradients = torch.autograd.grad(torch.nn.functional.mse_loss(h, one_hot[rows]), parameters)
+            torch._foreach_add_([p.detach() for p in parameters], gradients, alpha=-1e-3)
+
+    eager = {"sngd_triton": sngd_triton, "sngd_torch_eager": sngd_torch, "sgd_torch_eager": sgd_torch}
+    graphs = {
+        "sngd_triton_graph": graph_of(sngd_triton).replay,
+        "sngd_torch_graph": graph_of(sngd_torch).replay,
+        "sgd_torch_graph": graph_of(sgd_torch).replay,
+    }
+    return steps, {**eager, **graphs}
+
+
+def timings(device: torch.device) -> list[dict[str, Any]]:
+    """Microseconds a step of each competitor, interleaved: median, p20 and p80."""
+    rows = []
+    for widths in TIMED:
+        for batch in BATCHES:
+            steps, calls = competitors(widths, batch, device)
+            samples: dict[str, list[float]] = {name: [] for name in calls}
+            for repeat in range(33):
+                for name, call in calls.items():
+                    torch.cuda.synchronize()
+                    begin = time.perf_counter()
+                    call()
+                    torch.cuda.synchronize()
+                    if repeat >= 3:
+                        samples[name].append((time.perf_counter() - begin) * 1e6 / steps)
+            for name, values in samples.items():
+                p20, *_, p80 = statistics.quantiles(values, n=5)
+                median = statistics.median(values)
+                rows.append(
+                    {
+                        "net": "-".join(map(str, widths)), "batch": batch, "method": name, "us_per_step": median,
+                        "p20": p20, "p80": p80, "samples_per_second": batch * 1e6 / median,
+                    }
+                )  # fmt: skip
+            best = min(r["us_per_step"] for r in rows[-len(calls) :] if "triton" not in r["method"])
+            for r in rows[-len(calls) :]:
+                print(f"{r['net']:>16} batch {batch:>3} {r['method']:>18} {r['us_per_step']:9.2f} us, best peer {best:.2f}")
+    return rows
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the results belong to."""
+    import triton
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu, interpreted",
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "triton": triton.__version__,
+        "python": sys.version.split()[0],
+        "commit": commit or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main() -> int:
+    """Run the checks, then the timings; exit status 0 only where every check held."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder of the results file")
+    parser.add_argument("--sanitize", action="store_true", help="only run the small cases, for compute-sanitizer")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    reason = backends.why_not("triton", device, torch.float32)
+    if reason is None and device.type == "cuda" and not torch.cuda.is_available():
+        reason = "no CUDA device is visible to torch"
+    if reason is not None:
+        print(f"the triton backend cannot be used: {reason}", file=sys.stderr)
+        return 2
+    if arguments.sanitize:
+        for case in list(cases(few=True))[::3]:
+            results_of(moved(make_problem(**case), device), "triton", 0.9)
+        return 0
+    report: dict[str, Any] = {"environment": environment(device), "checks": {}, "timings": []}
+    for check in CHECKS:
+        begin = time.perf_counter()
+        try:
+            outcome = {"passed": True, "what": check(device, device.type == "cpu")}
+        except Exception as error:  # a report of what failed is the point of this script
+            traceback.print_exc()
+            outcome = {"passed": False, "what": f"{type(error).__name__}: {error}"[:2000]}
+        outcome["seconds"] = round(time.perf_counter() - begin, 1)
+        report["checks"][check.__name__] = outcome
+        print(f"{check.__name__}: {'passed' if outcome['passed'] else 'FAILED'} ({outcome['what']}), {outcome['seconds']} s")
+    passed = all(outcome["passed"] for outcome in report["checks"].values())
+    if passed and device.type == "cuda":
+        report["timings"] = timings(device)
+    elif not passed:
+        print("no timings: a speed is not reported while a check fails", file=sys.stderr)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    name = report["environment"]["device"].lower().replace(" ", "-").replace(",", "")
+    path = arguments.output / f"gpu-check-{name}-{report['environment']['date']}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"results: {path}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
