@@ -42,6 +42,10 @@ TIMED = [(784, 100, 10), (784, 400, 200, 10), (3072, 512, 10)]
 BATCHES = (20, 100, 500)
 
 
+class Skipped(Exception):
+    """A check cannot be made here, and why."""
+
+
 def moved(problem: Problem, device: torch.device) -> Problem:
     """A copy of a problem on a device."""
 
@@ -163,7 +167,7 @@ def check_skips(device: torch.device, few: bool) -> str:
 def check_graph_capture(device: torch.device, few: bool) -> str:
     """A pass captured in a CUDA graph replays to the bits of the eager pass, and reads lr from the device."""
     if device.type != "cuda":
-        return "not on this device"
+        raise Skipped("there are no CUDA graphs on this device")
     eager, captured = (moved(make_problem(seed=4, rows=100, n_in=784, widths=(100, 10)), device) for _ in range(2))
     lr = torch.tensor(0.1, device=device)
     order = torch.arange(100, device=device)
@@ -188,7 +192,7 @@ def check_sanitizer(device: torch.device, few: bool) -> str:
     """memcheck and racecheck find nothing on the small cases."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if device.type != "cuda" or tool is None:
-        return "compute-sanitizer is not available"
+        raise Skipped("compute-sanitizer is not available")
     for kind in ("memcheck", "racecheck"):
         command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--sanitize"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
@@ -323,15 +327,18 @@ def main() -> int:
     report: dict[str, Any] = {"environment": environment(device), "checks": {}, "timings": []}
     for check in CHECKS:
         begin = time.perf_counter()
+        outcome: dict[str, Any]
         try:
-            outcome = {"passed": True, "what": check(device, device.type == "cpu")}
+            outcome = {"status": "passed", "what": check(device, device.type == "cpu")}
+        except Skipped as reason:
+            outcome = {"status": "skipped", "what": str(reason)}
         except Exception as error:  # a report of what failed is the point of this script
             traceback.print_exc()
-            outcome = {"passed": False, "what": f"{type(error).__name__}: {error}"[:2000]}
+            outcome = {"status": "failed", "what": f"{type(error).__name__}: {error}"[:2000]}
         outcome["seconds"] = round(time.perf_counter() - begin, 1)
         report["checks"][check.__name__] = outcome
-        print(f"{check.__name__}: {'passed' if outcome['passed'] else 'FAILED'} ({outcome['what']}), {outcome['seconds']} s")
-    passed = all(outcome["passed"] for outcome in report["checks"].values())
+        print(f"{check.__name__}: {outcome['status']} ({outcome['what']}), {outcome['seconds']} s", flush=True)
+    passed = all(outcome["status"] != "failed" for outcome in report["checks"].values())
     if passed and device.type == "cuda":
         report["timings"] = timings(device)
     elif not passed:

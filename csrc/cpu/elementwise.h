@@ -1,0 +1,133 @@
+// Activations, losses and the input's rows: everything of a step that is not a product. Included per instruction set.
+#pragma once
+
+#include "gemm.h"
+
+namespace dante {
+namespace {
+
+// sigmoid(z) and its derivative, both without cancellation: with e = exp(-|z|) they are 1 / (1 + e), or e / (1 + e) for
+// negative z, and e / (1 + e)^2.
+inline float sigmoid(float z, float* slope = nullptr) {
+  const float e = std::exp(-std::fabs(z));
+  const float inverse = 1.0f / (1.0f + e);
+  if (slope) *slope = e * inverse * inverse;
+  return z < 0 ? e * inverse : inverse;
+}
+
+// One row: h = phi(z + bias) and, where asked for, slope = g(z + bias); h may be z. n values each, bias dense or null.
+inline void activate(Activation phi, const float* z, const float* bias, float* h, float* slope, int64_t n) {
+  if (phi.kind == Kind::generalized_relu) {
+    const float a = phi.a, b = phi.b;
+    for (int64_t j = 0; j < n; ++j) {
+      const float value = bias ? z[j] + bias[j] : z[j];
+      h[j] = value > 0 ? b * value : a * value;
+      if (slope) slope[j] = value < 0 ? a : b;
+    }
+    return;
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    const float value = bias ? z[j] + bias[j] : z[j];
+    float g;
+    if (phi.kind == Kind::sigmoid) {
+      h[j] = sigmoid(value, &g);
+    } else {
+      h[j] = std::tanh(value);
+      // 1 - tanh(z)^2 = 4 sigmoid'(2 z), which does not cancel where tanh saturates.
+      if (slope) sigmoid(2 * value, &g);
+      g *= 4;
+    }
+    if (slope) slope[j] = g;
+  }
+}
+
+// One row of targets as n values: a class becomes its one-hot row, a class out of range a row of NaN.
+inline void target_row(const Target& target, int64_t row, float* values, int64_t n) {
+  if (!target.classes) {
+    for (int64_t j = 0; j < n; ++j) values[j] = target.values[row * target.row_stride + j * target.col_stride];
+    return;
+  }
+  const int64_t label = target.classes[row * target.row_stride];
+  const bool valid = label >= 0 && label < n;
+  std::fill_n(values, n, valid ? 0.0f : std::numeric_limits<float>::quiet_NaN());
+  if (valid) values[label] = 1.0f;
+}
+
+// log sum_j exp(h_j - top), and p = softmax(h), of one row; `top` is its largest element.
+inline double log_sum_exp(const float* h, float top, float* p, int64_t n) {
+  double sum = 0;
+  for (int64_t j = 0; j < n; ++j) sum += p[j] = std::exp(h[j] - top);
+  const float inverse = static_cast<float>(1 / sum);
+  for (int64_t j = 0; j < n; ++j) p[j] *= inverse;
+  return std::log(sum);
+}
+
+// One row's share of the loss, before the factor of `loss_factor`; d = (dJ/dh) * slope, in place in `slope`.
+// `scale` is the factor of the gradient; h (the output), t (the target) and p (scratch) have n values.
+inline double loss_row(Loss loss, float scale, const float* h, const float* t, float* p, float* slope, int64_t n) {
+  double sum = 0;
+  if (loss == Loss::mse) {
+    for (int64_t j = 0; j < n; ++j) {
+      const float difference = h[j] - t[j];
+      sum += static_cast<double>(difference) * difference;
+      slope[j] *= difference * scale;
+    }
+  } else if (loss == Loss::cross_entropy) {
+    float top = h[0];
+    double mass = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      top = h[j] > top ? h[j] : top;
+      mass += t[j];
+    }
+    const double log_sum = log_sum_exp(h, top, p, n);
+    for (int64_t j = 0; j < n; ++j) {
+      sum -= t[j] * (static_cast<double>(h[j] - top) - log_sum);
+      slope[j] *= (p[j] * static_cast<float>(mass) - t[j]) * scale;
+    }
+  } else {
+    for (int64_t j = 0; j < n; ++j) {
+      sum += std::log1p(std::exp(-std::fabs(h[j]))) + (h[j] < 0 ? 0.0f : h[j]) - static_cast<double>(h[j]) * t[j];
+      slope[j] *= (sigmoid(h[j]) - t[j]) * scale;
+    }
+  }
+  return sum;
+}
+
+// What the rows' sums are multiplied with: one over the number of rows, or of elements.
+inline double loss_factor(Loss loss, int64_t rows, int64_t n) {
+  const double count = static_cast<double>(rows);
+  return 1 / (loss == Loss::cross_entropy ? count : count * static_cast<double>(n));
+}
+
+inline float widen(float value) { return value; }
+inline float widen(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <typename T>
+void gather_rows_as(const Input& x, int64_t first, int64_t rows, const Dense& to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* from = static_cast<const T*>(x.data) + x.row(first + r) * x.row_stride;
+    float* out = to.row(r);
+    if (x.col_stride == 1) {
+      for (int64_t j = 0; j < x.cols; ++j) out[j] = widen(from[j]);
+    } else {
+      for (int64_t j = 0; j < x.cols; ++j) out[j] = widen(from[j * x.col_stride]);
+    }
+  }
+}
+
+// Visits first .. first + rows of the input, gathered and widened to float32, to the first rows of `to`.
+inline void gather_rows(const Input& x, int64_t first, int64_t rows, const Dense& to) {
+  if (x.bfloat16) {
+    gather_rows_as<uint16_t>(x, first, rows, to);
+  } else {
+    gather_rows_as<float>(x, first, rows, to);
+  }
+}
+
+}  // namespace
+}  // namespace dante

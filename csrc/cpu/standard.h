@@ -1,0 +1,12 @@
+// The standard headers of the kernels. They come before any `#pragma GCC target`, so that no inline function of the
+// standard library is compiled for an instruction set that the processor may lack.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
