@@ -1,0 +1,219 @@
+"""The fused-step plan: one step is a forward product per layer, a backward product per suffix layer, gradient, update.
+
+Bias, activation, subgradient and residual are epilogues of the products; G is written once; the norm stays on the
+device. A step of an L-layer chain is 2 L + 1 launches (one more where a softmax row is wider than a tile).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import losses
+from . import launcher, layers, plan, step
+
+
+class Layer(NamedTuple):
+    """A layer as kernels see it: weight (n_out, n_in), bias (n_out,) or None, activation code and slopes."""
+
+    weight: Tensor
+    bias: Tensor | None
+    kind: int
+    low: float
+    high: float
+
+    @property
+    def n_out(self) -> int:
+        """The width of the layer's result."""
+        return self.weight.shape[0]
+
+    @property
+    def n_in(self) -> int:
+        """The width of the layer's input."""
+        return self.weight.shape[1]
+
+
+class Update(NamedTuple):
+    """What the update rule needs beside the gradient; absent velocities mean no momentum."""
+
+    lr: Tensor
+    velocity_weight: Tensor | None
+    velocity_bias: Tensor | None
+    momentum: float
+    nesterov: bool
+
+
+def chain(
+    weight: Tensor,
+    bias: Tensor | None,
+    suffix_weights: list[Tensor],
+    suffix_biases: list[Tensor | None],
+    activations: list[float],
+) -> list[Layer]:
+    """The active layer and its suffix, from an operator's flat arguments."""
+    numbers = [activations[i : i + 3] for i in range(0, len(activations), 3)]
+    parameters = zip([weight, *suffix_weights], [bias, *suffix_biases], numbers, strict=True)
+    return [Layer(w, b, int(kind), low, high) for w, b, (kind, low, high) in parameters]
+
+
+def _ceil(size: int, block: int) -> int:
+    return (size + block - 1) // block
+
+
+def _stride(vector: Tensor | None) -> int:
+    return 0 if vector is None else vector.stride(0)
+
+
+def forward(x: Tensor, layer: Layer, out: Tensor) -> None:
+    """out <- phi(x W^T + bias), out (rows, n_out) contiguous."""
+    rows = x.shape[0]
+    tiles = plan.forward_product(layer.n_out, layer.n_in, x.dtype)
+    launcher.launch(
+        layers.product, (_ceil(rows, tiles.rows), _ceil(layer.n_out, tiles.columns)),
+        x, layer.weight, layer.bias, out, None, None, None, None,
+        0, rows, rows, layer.n_out, layer.n_in,
+        *x.stride(), layer.weight.stride(1), layer.weight.stride(0), _stride(layer.bias), 0, 0, 0,
+        layer.low, layer.high, 1.0,
+        EPILOGUE=layers.FORWARD, KIND=layer.kind, LOSS=0, CLASSES=False, FROM_X=True, PRECISION=tiles.precision,
+        BLOCK_B=tiles.rows, BLOCK_OUT=tiles.columns, BLOCK_IN=tiles.inner,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+
+
+class Pass:
+    """One call's problem and its scratch, allocated once and used again by each of its steps.
+
+    Scratch, float32: h and g of each layer for one mini-batch, G, the bias's gradient, and partial sums of the loss and
+    of the squares. On the way back each layer's D takes the place of its g, the last layer's that of its h.
+    """
+
+    def __init__(self, chain: list[Layer], x: Tensor, target: Tensor, order: Tensor | None, batch_size: int, loss: int) -> None:
+        self.chain, self.x, self.target, self.order, self.loss = chain, x, target, order, loss
+        active, last = chain[0], chain[-1]
+        self.rows = x.shape[0] if order is None else order.shape[0]
+        self.batch_size = min(batch_size, self.rows)
+        self.tiles = [plan.step_product(layer.n_out, layer.n_in) for layer in chain]
+        self.gradient_tiles = plan.gradient_product(active.n_out, active.n_in, x.dtype)
+        self.wide_softmax = loss == losses.CROSS_ENTROPY and last.n_out > self.tiles[-1].columns
+
+        def scratch(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+        self.h = [scratch(self.batch_size, layer.n_out) for layer in chain]
+        slopes = chain if self.wide_softmax else chain[:-1]
+        self.g = [scratch(self.batch_size, layer.n_out) for layer in slopes]
+        self.grad = scratch(active.n_out, active.n_in)
+        self.grad_bias = None if active.bias is None else scratch(active.n_out)
+        strips = _ceil(active.n_out, self.gradient_tiles.rows)
+        self.programs = strips * _ceil(active.n_in, self.gradient_tiles.columns) + (0 if active.bias is None else strips)
+        self.partials = scratch(self.programs)
+        self.loss_partials = scratch(self._loss_programs(self.batch_size))
+
+    def _loss_programs(self, rows: int) -> int:
+        if self.wide_softmax:
+            return rows
+        return _ceil(rows, self.tiles[-1].rows) * _ceil(self.chain[-1].n_out, self.tiles[-1].columns)
+
+    def _product(self, i: int, epilogue: int, start: int, rows: int) -> None:
+        """Layer i forward: h[i], g[i]; as the last layer D instead of h, and the loss's partial sums."""
+        layer, tiles, target, order = self.chain[i], self.tiles[i], self.target, self.order
+        a = self.x if i == 0 else self.h[i - 1]
+        last = epilogue == layers.LAST
+        launcher.launch(
+            layers.product, (_ceil(rows, tiles.rows), _ceil(layer.n_out, tiles.columns)),
+            a, layer.weight, layer.bias, self.h[i], self.g[i] if i < len(self.g) else None,
+            target if last else None, order if last or i == 0 else None, self.loss_partials if last else None,
+            start, rows, self.x.shape[0], layer.n_out, layer.n_in,
+            *a.stride(), layer.weight.stride(1), layer.weight.stride(0), _stride(layer.bias), _stride(order),
+            *self._target_strides(), layer.low, layer.high, self._scale(rows),
+            EPILOGUE=epilogue, KIND=layer.kind, LOSS=self.loss if last else 0, CLASSES=last and target.dim() == 1,
+            FROM_X=i == 0, PRECISION=tiles.precision,
+            BLOCK_B=tiles.rows, BLOCK_OUT=tiles.columns, BLOCK_IN=tiles.inner,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+
+    def _softmax(self, start: int, rows: int) -> None:
+        target = self.target
+        launcher.launch(
+            layers.softmax_rows, (rows,),
+            self.h[-1], self.g[-1], target, self.order, self.loss_partials,
+            start, rows, self.x.shape[0], self.chain[-1].n_out, _stride(self.order), *self._target_strides(),
+            self._scale(rows), CLASSES=target.dim() == 1, BLOCK_OUT=plan.SOFTMAX_COLUMNS,
+            num_warps=plan.SOFTMAX_WARPS, num_stages=1,
+        )  # fmt: skip
+
+    def _backward(self, i: int, d: Tensor, rows: int) -> Tensor:
+        """D of layer i from the next layer's: D <- (D W) g, in place of g[i]."""
+        layer, out = self.chain[i + 1], self.g[i]
+        tiles = plan.step_product(layer.n_in, layer.n_out)
+        launcher.launch(
+            layers.product, (_ceil(rows, tiles.rows), _ceil(layer.n_in, tiles.columns)),
+            d, layer.weight, None, out, out, None, None, None,
+            0, rows, rows, layer.n_in, layer.n_out,
+            *d.stride(), *layer.weight.stride(), 0, 0, 0, 0, 0.0, 0.0, 1.0,
+            EPILOGUE=layers.BACKWARD, KIND=0, LOSS=0, CLASSES=False, FROM_X=False, PRECISION=tiles.precision,
+            BLOCK_B=tiles.rows, BLOCK_OUT=tiles.columns, BLOCK_IN=tiles.inner,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+        return out
+
+    def _target_strides(self) -> tuple[int, int]:
+        return (self.target.stride(0), 0 if self.target.dim() == 1 else self.target.stride(1))
+
+    def _elements(self, rows: int) -> int:
+        """What the loss is a mean over: rows for the cross-entropy, all elements of the output otherwise."""
+        return rows if self.loss == losses.CROSS_ENTROPY else rows * self.chain[-1].n_out
+
+    def _scale(self, rows: int) -> float:
+        return (2.0 if self.loss == losses.MSE else 1.0) / self._elements(rows)
+
+    def gradient(self, start: int, rows: int) -> None:
+        """grad, grad_bias and all partial sums, for the mini-batch of `rows` rows at `start`."""
+        last = len(self.chain) - 1
+        for i in range(last):
+            self._product(i, layers.FORWARD, start, rows)
+        self._product(last, layers.FORWARD if self.wide_softmax else layers.LAST, start, rows)
+        if self.wide_softmax:
+            self._softmax(start, rows)
+        d = self.h[-1]
+        for i in reversed(range(last)):
+            d = self._backward(i, d, rows)
+        tiles, active = self.gradient_tiles, self.chain[0]
+        launcher.launch(
+            step.gradient, (self.programs,),
+            d, self.x, self.order, self.grad, self.grad_bias, self.partials,
+            start, rows, self.x.shape[0], active.n_out, active.n_in, *self.x.stride(), _stride(self.order),
+            PRECISION=tiles.precision, BLOCK_OUT=tiles.rows, BLOCK_IN=tiles.columns, BLOCK_B=tiles.inner,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+
+    def update(self, rule: Update | None, rows: int, losses: Tensor | None, norms: Tensor, at: int) -> None:
+        """The norm to norms[at], the loss to losses[at], and, with a rule, the step itself."""
+        weight, bias = (None, None) if rule is None else self.chain[0][:2]
+        n_out, n_in = self.grad.shape
+        tiles = _ceil(n_out, plan.UPDATE_OUT) * _ceil(n_in, plan.UPDATE_IN)
+        velocity_weight = None if rule is None else rule.velocity_weight
+        velocity_bias = None if rule is None else rule.velocity_bias
+        launcher.launch(
+            step.update, (1 if rule is None else min(tiles, plan.UPDATE_PROGRAMS),),
+            weight, bias, velocity_weight, velocity_bias, self.grad, self.grad_bias, self.partials, self.loss_partials,
+            losses, norms, None if rule is None else rule.lr,
+            at, self.programs, self._loss_programs(rows), n_out, n_in,
+            *((0, 0) if weight is None else weight.stride()), _stride(bias),
+            *((0, 0) if velocity_weight is None else velocity_weight.stride()), _stride(velocity_bias),
+            float(self._elements(rows)), 0.0 if rule is None else rule.momentum,
+            NESTEROV=rule is not None and rule.nesterov, BLOCK_OUT=plan.UPDATE_OUT, BLOCK_IN=plan.UPDATE_IN,
+            num_warps=plan.UPDATE_WARPS, num_stages=1,
+        )  # fmt: skip
+
+    def run(self, rule: Update) -> tuple[Tensor, Tensor]:
+        """All mini-batches in turn; (losses, norms), one of each a step."""
+        starts = range(0, self.rows, self.batch_size)
+        losses, norms = (torch.empty(len(starts), dtype=torch.float32, device=self.x.device) for _ in range(2))
+        for at, start in enumerate(starts):
+            rows = min(self.batch_size, self.rows - start)
+            self.gradient(start, rows)
+            self.update(rule, rows, losses, norms, at)
+        return losses, norms

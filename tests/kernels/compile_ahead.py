@@ -1,0 +1,164 @@
+"""Compile for real GPUs, on a machine without one, exactly what the fused-step plan would launch; print what came out.
+
+Runs the real orchestration on CPU tensors with `launch` replaced by a compiler call, as its own process, since the
+interpreter must be off: ``TRITON_INTERPRET=0 python tests/kernels/compile_ahead.py``. Prints one JSON list; each entry is
+one kernel in one specialization for one compute capability, with its registers, stack (where spilled registers go),
+shared memory and matrix instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dante_kernels import kernels, losses
+from dante_kernels.kernels import launcher, layers
+
+CAPABILITIES = (80, 90, 100)
+EPILOGUES = {layers.FORWARD: "forward", layers.LAST: "last", layers.BACKWARD: "backward"}
+LEAKY, SIGMOID, TANH = [0.0, 0.01, 1.0], [1.0, 1.0, 1.0], [2.0, 1.0, 1.0]
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+
+# widths, batch, loss, activation, precision, what is special
+CASES = [
+    ((784, 100, 10), 20, "mse", LEAKY, "highest", ""),
+    ((784, 100, 10), 100, "cross_entropy", LEAKY, "highest", "momentum"),
+    ((784, 100, 10), 1, "mse", LEAKY, "high", ""),
+    ((784, 100, 10), 20, "mse", LEAKY, "medium", ""),
+    ((784, 100, 10), 20, "mse", LEAKY, "medium", "bfloat16"),
+    ((784, 100, 10), 100, "mse", LEAKY, "highest", "bfloat16"),
+    ((1024, 1024, 10), 100, "mse", LEAKY, "highest", "bfloat16"),
+    ((784, 400, 200, 10), 500, "cross_entropy", TANH, "highest", ""),
+    ((784, 400, 784), 100, "binary_cross_entropy", SIGMOID, "highest", ""),
+    ((784, 400, 784), 100, "cross_entropy", LEAKY, "high", ""),
+    ((3072, 512, 10), 100, "mse", LEAKY, "highest", ""),
+    ((3072, 512, 10), 500, "mse", LEAKY, "high", "transposed"),
+    ((3072, 512, 10), 100, "mse", LEAKY, "medium", ""),
+    ((3072, 2048, 10), 100, "mse", LEAKY, "highest", ""),
+    ((70000, 30), 20, "cross_entropy", LEAKY, "highest", ""),
+    ((1024, 3072), 100, "mse", SIGMOID, "high", ""),
+    ((5, 3, 1), 1, "mse", SIGMOID, "highest", ""),
+]
+
+
+class Collector:
+    """Stands in for `launcher.launch`: keeps each different specialization once."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, tuple] = {}
+
+    def launch(self, kernel, grid, *args, num_warps, num_stages, **constants) -> None:
+        signature, constexprs, attributes = {}, dict(constants), {}
+        names = kernel.arg_names
+        assert [name for name in names if name not in constants] == names[: len(args)]
+        varying = {p.name for p in kernel.params if p.do_not_specialize}
+        for i, (name, value) in enumerate(zip(names, args, strict=False)):
+            aligned = False
+            if value is None or (type(value) is int and value == 1 and name not in varying):
+                signature[name], constexprs[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = POINTERS[value.dtype]
+                aligned = value.data_ptr() % 16 == 0
+            elif type(value) is int:
+                signature[name] = "i32" if abs(value) < 2**31 else "i64"
+                aligned = value % 16 == 0 and name not in varying
+            else:
+                signature[name] = "fp32"
+            if aligned:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        signature |= dict.fromkeys(constants, "constexpr")
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": launcher.ENABLE_FP_FUSION}
+        label = kernel.__name__
+        if "EPILOGUE" in constants:
+            label += " " + EPILOGUES[constants["EPILOGUE"]]
+        if "PRECISION" in constants:
+            rows, columns, inner = (
+                ("BLOCK_OUT", "BLOCK_IN", "BLOCK_B") if label == "gradient" else ("BLOCK_B", "BLOCK_OUT", "BLOCK_IN")
+            )
+            label += f" {constants['PRECISION']} {constants[rows]}x{constants[columns]}x{constants[inner]}"
+        key = repr((label, signature, constexprs, attributes, options))
+        self.found.setdefault(key, (label, kernel, signature, constexprs, attributes, options))
+
+
+def run_case(widths, batch, loss, activation, precision, special) -> None:
+    """Call the operators as a user would, so that everything they launch is collected."""
+    torch.set_float32_matmul_precision(precision)
+    dtype = torch.bfloat16 if special == "bfloat16" else torch.float32
+    x = torch.zeros(2 * batch, widths[0], dtype=dtype)
+    weights = [torch.zeros(n_out, n_in) for n_in, n_out in itertools.pairwise(widths)]
+    biases = [torch.zeros(n_out) for n_out in widths[1:]]
+    if special == "transposed":
+        weights[0] = torch.zeros(widths[0], widths[1]).t()
+    velocities = [torch.zeros_like(weights[0]), torch.zeros_like(biases[0])] if special == "momentum" else [None, None]
+    classes = widths[-1] in (10, 30)
+    target = torch.zeros(2 * batch, dtype=torch.int64) if classes else torch.zeros(2 * batch, widths[-1])
+    order = torch.arange(2 * batch) if classes else None
+    momentum = 0.9 if special == "momentum" else 0.0
+    numbers = activation * len(weights)
+    code, lr = losses.code(loss), torch.tensor(0.1)
+    kernels.sngd_epoch_(
+        weights[0], biases[0], x, target, order, batch, weights[1:], biases[1:], numbers, code, lr,
+        *velocities, momentum, momentum > 0,
+    )  # fmt: skip
+    kernels.layer_forward(x, weights[0], biases[0], activation)
+    if special == "momentum":
+        kernels.layer_gradient(weights[0], None, x, target, weights[1:], biases[1:], numbers, code)
+        kernels.sngd_step_(weights[1], biases[1], torch.zeros(batch, widths[1]), target[:batch], [], [], LEAKY, code, lr)
+
+
+def resources(cubin: bytes, folder: str) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack, of the one kernel in a cubin."""
+    path = Path(folder) / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return int(registers), int(stack)
+
+
+def compile_one(capability, label, kernel, signature, constexprs, attributes, options, folder) -> dict:
+    """One specialization compiled for one compute capability."""
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
+    registers, stack = resources(compiled.asm["cubin"], folder)
+    return {
+        "kernel": label,
+        "capability": capability,
+        "registers": registers,
+        "stack": stack,
+        "shared": compiled.metadata.shared,
+        "mma": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
+        "fma": len(re.findall(r"\bfma\.rn", ptx)),
+        "rounded_additions": len(re.findall(r"arith\.addf [^:]*%arg\d+[^:]*: tensor<[^,]*, #(?:mma|linear)", ttgir)),
+        "trap": len(re.findall(r"\btrap;", ptx)),
+        "specialization": repr((signature, {k: v for k, v in constexprs.items() if not k.isupper()}, options)),
+    }
+
+
+def main() -> None:
+    """Collect, compile, print."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
+    capabilities = parser.parse_args().capability or CAPABILITIES
+    collector = Collector()
+    launcher.launch = collector.launch
+    for case in CASES:
+        run_case(*case)
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        print(json.dumps([compile_one(cc, *entry, folder) for cc in capabilities for entry in collector.found.values()]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Every kernel of the fused-step plan, compiled for real GPUs as it would be launched: what the compiler made of it.
+
+`resources.json` holds registers and shared memory per kernel and compute capability, the largest over the
+specializations of `compile_ahead.CASES`. DANTE_UPDATE_RESOURCES=1 writes it anew. It is compared only under the Triton
+version that wrote it: shared memory exactly, registers within 16, since ptxas differs between builds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import triton
+
+HERE = Path(__file__).parent
+TABLE = HERE / "resources.json"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTER_TOLERANCE = 16
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    """All kernels for all compute capabilities, from a process in which the interpreter is off."""
+    search = os.pathsep.join(filter(None, (str(HERE.parent.parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": search}
+    done = subprocess.run(
+        [sys.executable, HERE / "compile_ahead.py"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def offenders(compiled: list[dict], wrong) -> list[str]:
+    return [f"{e['kernel']} sm_{e['capability']}: {e}" for e in compiled if wrong(e)]
+
+
+def test_all_capabilities_are_compiled(compiled: list[dict]) -> None:
+    assert {e["capability"] for e in compiled} == set(SHARED_LIMIT)
+
+
+def test_nothing_spills(compiled: list[dict]) -> None:
+    assert not offenders(compiled, lambda e: e["stack"] > 0)
+
+
+def test_shared_memory_fits(compiled: list[dict]) -> None:
+    assert not offenders(compiled, lambda e: e["shared"] > SHARED_LIMIT[e["capability"]])
+
+
+def test_no_kernel_is_a_trap(compiled: list[dict]) -> None:
+    assert not offenders(compiled, lambda e: e["trap"] > 0 or e["registers"] < 16)
+
+
+def test_products_use_the_arithmetic_they_claim(compiled: list[dict]) -> None:
+    def wrong(e: dict) -> bool:
+        if not e["kernel"].startswith(("product", "gradient")):
+            return False
+        return e["fma"] < 64 or e["mma"] > 0 if "ieee" in e["kernel"] else e["mma"] == 0
+
+    assert not offenders(compiled, wrong)
+
+
+def test_blocks_of_three_tf32_products_are_added_outside_the_matrix_unit(compiled: list[dict]) -> None:
+    assert any("tf32x3" in e["kernel"] for e in compiled)
+    assert not offenders(compiled, lambda e: "tf32x3" in e["kernel"] and e["rounded_additions"] == 0)
+
+
+def test_resources_are_those_of_the_table(compiled: list[dict]) -> None:
+    found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+    for e in compiled:
+        largest = found[e["kernel"]][f"sm_{e['capability']}"]
+        largest[:] = max(largest[0], e["registers"]), max(largest[1], e["shared"])
+    if os.environ.get("DANTE_UPDATE_RESOURCES") == "1":
+        lines = ",\n".join(f'    "{kernel}": {json.dumps(found[kernel])}' for kernel in sorted(found))
+        head = f'"triton": "{triton.__version__}",\n  "columns": ["registers a thread", "bytes of shared memory"]'
+        TABLE.write_text(f'{{\n  {head},\n  "kernels": {{\n{lines}\n  }}\n}}\n')
+    table = json.loads(TABLE.read_text())
+    if table["triton"] != triton.__version__:
+        pytest.skip(f"the table is of Triton {table['triton']}, this is {triton.__version__}")
+    assert set(table["kernels"]) == set(found), "run again with DANTE_UPDATE_RESOURCES=1"
+    for kernel, row in found.items():
+        for capability, (registers, shared) in row.items():
+            expected = table["kernels"][kernel][capability]
+            assert shared == expected[1], f"{kernel} {capability}: shared memory {shared}, in the table {expected[1]}"
+            assert abs(registers - expected[0]) <= REGISTER_TOLERANCE, f"{kernel} {capability}: {registers} registers"
