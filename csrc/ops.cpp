@@ -133,6 +133,9 @@ dante::Update update(const dante::Layer& active, const Tensor& lr, const Optiona
 // A new tensor of the weight's dtype and device.
 Tensor result(const Tensor& weight, const std::vector<int64_t>& shape) { return torch::stable::new_empty(weight, shape); }
 
+// torch.get_num_threads().
+int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
 float* values(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 // h (rows, n_out) = phi(x W^T + bias).
@@ -141,7 +144,7 @@ Tensor layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor
   const dante::Layer l = layer(weight, bias, numbers.data());
   const dante::Input in = input(x, l.weight.cols, std::nullopt);
   Tensor h = result(weight, {in.visits, l.weight.rows});
-  dante::kernels().forward(l, in, values(h));
+  dante::kernels().forward(l, in, values(h), threads());
   return h;
 }
 
@@ -156,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_gradient(const Tensor& weight, const Op
   Tensor grad_bias = result(weight, {bias ? n_out : 0});
   Tensor norm = result(weight, {});
   dante::kernels().gradient(p, {values(grad_weight), n_out, n_in, n_in, 1},
-                            bias ? dante::Vector{values(grad_bias), n_out, 1} : dante::Vector{}, values(norm));
+                            bias ? dante::Vector{values(grad_bias), n_out, 1} : dante::Vector{}, values(norm), threads());
   return {grad_weight, grad_bias, norm};
 }
 
@@ -170,7 +173,7 @@ std::tuple<Tensor, Tensor> sngd_step_(const Tensor& weight, const OptionalTensor
   const dante::Update u = update(p.layers[0], lr, velocity_weight, velocity_bias, momentum, nesterov);
   STD_TORCH_CHECK(p.x.visits > 0, "x: expected at least one row, got none");
   Tensor value = result(weight, {}), norm = result(weight, {});
-  dante::kernels().epoch(p, u, p.x.visits, values(value), values(norm));
+  dante::kernels().epoch(p, u, p.x.visits, values(value), values(norm), threads());
   return {value, norm};
 }
 
@@ -187,7 +190,7 @@ std::tuple<Tensor, Tensor> sngd_epoch_(const Tensor& weight, const OptionalTenso
   const int64_t batch = std::max<int64_t>(std::min(batch_size, p.x.visits), 1);
   const int64_t steps = (p.x.visits + batch - 1) / batch;
   Tensor losses = result(weight, {steps}), norms = result(weight, {steps});
-  dante::kernels().epoch(p, u, batch, values(losses), values(norms));
+  dante::kernels().epoch(p, u, batch, values(losses), values(norms), threads());
   return {losses, norms};
 }
 

@@ -64,12 +64,11 @@ class Activation:
 
     def g(self, z: Tensor) -> Tensor:
         """The (sub)gradient of phi at z, element by element, with g(0) = b for the generalized ReLU."""
+        # Products of two sigmoids, since h (1 - h) and 1 - h^2 cancel where the activation saturates.
         if self.kind == "sigmoid":
-            h = torch.sigmoid(z)
-            return h * (1 - h)
+            return torch.sigmoid(z) * torch.sigmoid(-z)
         if self.kind == "tanh":
-            h = torch.tanh(z)
-            return 1 - h * h
+            return 4 * torch.sigmoid(2 * z) * torch.sigmoid(-2 * z)
         return torch.where(z < 0, torch.full_like(z, self.a), torch.full_like(z, self.b))
 
     def __str__(self) -> str:

@@ -47,7 +47,8 @@ def value(loss: int, h: Tensor, target: Tensor) -> Tensor:
     if loss == MSE:
         return (h - target).square().mean()
     if loss == CROSS_ENTROPY:
-        return -(target * F.log_softmax(h, dim=1)).sum() / h.shape[0]
+        # A class without weight adds nothing, also where its logit is -inf.
+        return -torch.where(target == 0, 0, target * F.log_softmax(h, dim=1)).sum() / h.shape[0]
     return (F.softplus(-h.abs()) + h.clamp(min=0) - h * target).mean()
 
 

@@ -81,7 +81,7 @@ inline double loss_row(Loss loss, float scale, const float* h, const float* t, f
     }
     const double log_sum = log_sum_exp(h, top, p, n);
     for (int64_t j = 0; j < n; ++j) {
-      sum -= t[j] * (static_cast<double>(h[j] - top) - log_sum);
+      if (t[j] != 0) sum -= t[j] * (static_cast<double>(h[j] - top) - log_sum);
       slope[j] *= (p[j] * static_cast<float>(mass) - t[j]) * scale;
     }
   } else {
@@ -108,10 +108,10 @@ inline float widen(uint16_t bfloat16) {
 }
 
 template <typename T>
-void gather_rows_as(const Input& x, int64_t first, int64_t rows, const Dense& to) {
+void gather_rows_as(const Input& x, int64_t first, int64_t rows, const Dense& to, int64_t at) {
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = static_cast<const T*>(x.data) + x.row(first + r) * x.row_stride;
-    float* out = to.row(r);
+    float* out = to.row(at + r);
     if (x.col_stride == 1) {
       for (int64_t j = 0; j < x.cols; ++j) out[j] = widen(from[j]);
     } else {
@@ -120,12 +120,12 @@ void gather_rows_as(const Input& x, int64_t first, int64_t rows, const Dense& to
   }
 }
 
-// Visits first .. first + rows of the input, gathered and widened to float32, to the first rows of `to`.
-inline void gather_rows(const Input& x, int64_t first, int64_t rows, const Dense& to) {
+// Visits first .. first + rows of the input, gathered and widened to float32, to rows at .. at + rows of `to`.
+inline void gather_rows(const Input& x, int64_t first, int64_t rows, const Dense& to, int64_t at) {
   if (x.bfloat16) {
-    gather_rows_as<uint16_t>(x, first, rows, to);
+    gather_rows_as<uint16_t>(x, first, rows, to, at);
   } else {
-    gather_rows_as<float>(x, first, rows, to);
+    gather_rows_as<float>(x, first, rows, to, at);
   }
 }
 

@@ -50,16 +50,19 @@ class Buffer {
 struct Panels {
   float* data;
   int64_t row_stride, panel_stride;
+
+  // The operand without its first r rows.
+  Panels from(int64_t r) const { return {data + r * row_stride, row_stride, panel_stride}; }
 };
 
 // Row-major (rows, cols) storage. The leading dimension is an odd number of cache lines: at a power of two the rows of
 // a column would all fall into the same few sets of the cache.
 struct Dense {
-  int64_t ld = 0;
+  int64_t cols = 0, ld = 0;
   Buffer buffer;
 
   Dense() = default;
-  Dense(int64_t rows, int64_t cols) : ld((ceil_div(cols, 16) | 1) * 16), buffer(rows * ld) {}
+  Dense(int64_t rows, int64_t cols) : cols(cols), ld((ceil_div(cols, 16) | 1) * 16), buffer(rows * ld) {}
   float* row(int64_t r) const { return buffer.data() + r * ld; }
   Panels panels() const { return {buffer.data(), ld, kPanel}; }
 };
@@ -106,9 +109,11 @@ inline void unpack(const Packed& packed, float* data, int64_t k_stride, int64_t 
   visit_packed(packed, data, k_stride, n_stride, [](float& to, const float& from) { to = from; });
 }
 
-// One tile: C[R, V * kLanes] (+)= A[R, depth] B[depth, V * kLanes]. A(m, k) is a[m * lda + k], transposed a[k * lda + m].
+// One tile: C[R, V * kLanes] = A[R, depth] B[depth, V * kLanes], or with `add` C += scale A B. A(m, k) is a[m * lda + k],
+// transposed a[k * lda + m].
 template <bool kTransposed, int R, int V>
-void tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+void tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add,
+          float scale) {
   Vec acc[R][V] = {};
   for (int64_t k = 0; k < depth; ++k, b += ldb) {
     Vec right[V];
@@ -124,12 +129,12 @@ void tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ld
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       float* out = c + m * ldc + v * kLanes;
-      store(out, add ? load(out) + acc[m][v] : acc[m][v]);
+      store(out, add ? fma(broadcast(scale), acc[m][v], load(out)) : acc[m][v]);
     }
   }
 }
 
-using Tile = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool);
+using Tile = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool, float);
 
 // The tiles of 1..kRows rows and 1..kVectors vectors, rows first.
 template <bool kTransposed, int... I>
@@ -137,9 +142,10 @@ constexpr std::array<Tile, sizeof...(I)> make_tiles(std::integer_sequence<int, I
   return {tile<kTransposed, I / kVectors + 1, I % kVectors + 1>...};
 }
 
-// C[M, N] = A[M, K] B[K, N], or C += with `add`; A is row-major with leading dimension lda, or A^T is (kTransposed).
+// C[M, N] = A[M, K] B[K, N], or with `add` C += scale A B; A is row-major with leading dimension lda, or A^T is
+// (kTransposed).
 template <bool kTransposed>
-void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, Panels b, Panels c, bool add) {
+void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, Panels b, Panels c, bool add, float scale = 1) {
   static constexpr auto tiles = make_tiles<kTransposed>(std::make_integer_sequence<int, kRows * kVectors>());
   const int64_t a_m = kTransposed ? 1 : lda, a_k = kTransposed ? lda : 1;
   for (int64_t panel = 0; panel * kPanel < N; ++panel) {
@@ -150,9 +156,9 @@ void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, Panels b
       const int64_t depth = std::min(kDepth, K - k);
       for (int64_t m = 0; m < M; m += kRows) {
         const int64_t rows = std::min<int64_t>(kRows, M - m);
-        tiles[static_cast<size_t>((rows - 1) * kVectors + vectors - 1)](depth, a + m * a_m + k * a_k, lda,
-                                                                        b_panel + k * b.row_stride, b.row_stride,
-                                                                        c_panel + m * c.row_stride, c.row_stride, add || k > 0);
+        tiles[static_cast<size_t>((rows - 1) * kVectors + vectors - 1)](
+            depth, a + m * a_m + k * a_k, lda, b_panel + k * b.row_stride, b.row_stride, c_panel + m * c.row_stride,
+            c.row_stride, add || k > 0, scale);
       }
     }
   }

@@ -1,6 +1,7 @@
 // The kernels for AVX2 with FMA: 6 x 2 vectors of eight floats make 12 of the 16 registers accumulators.
 #include "problem.h"
 #include "standard.h"
+#include "team.h"
 
 // Clang does not know the pragma; there the generic kernels serve.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

@@ -1,6 +1,7 @@
 // The kernels for AVX-512: 6 x 4 vectors of sixteen floats make 24 of the 32 registers accumulators.
 #include "problem.h"
 #include "standard.h"
+#include "team.h"
 
 // Clang does not know the pragma; there the generic kernels serve.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

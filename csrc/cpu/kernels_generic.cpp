@@ -1,6 +1,7 @@
 // The kernels for any processor: vectors of four floats (SSE2, NEON), multiplication and addition rounded separately.
 #include "problem.h"
 #include "standard.h"
+#include "team.h"
 
 namespace dante {
 namespace {

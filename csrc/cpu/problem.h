@@ -68,14 +68,15 @@ struct Update {
   Vector velocity_bias;
 };
 
-// One instruction set's kernels. Results are the same bits whenever the same set runs on the same input.
+// One instruction set's kernels. Results are the same bits whenever the same set runs on the same input, on any number of
+// threads.
 struct Kernels {
   // out (visits, n_out), row-major.
-  void (*forward)(const Layer& layer, const Input& x, float* out);
+  void (*forward)(const Layer& layer, const Input& x, float* out, int threads);
   // Steps over batches of `batch` rows; losses and norms have ceil(visits / batch) elements.
-  void (*epoch)(const Problem& problem, const Update& update, int64_t batch, float* losses, float* norms);
+  void (*epoch)(const Problem& problem, const Update& update, int64_t batch, float* losses, float* norms, int threads);
   // grad_weight (n_out, n_in); grad_bias is "none" where the layer has no bias.
-  void (*gradient)(const Problem& problem, Matrix grad_weight, Vector grad_bias, float* norm);
+  void (*gradient)(const Problem& problem, Matrix grad_weight, Vector grad_bias, float* norm, int threads);
 };
 
 extern const Kernels kernels_generic, kernels_avx2, kernels_avx512;

@@ -4,6 +4,7 @@
 
 #include "elementwise.h"
 #include "gemm.h"
+#include "gram.h"
 
 namespace dante {
 namespace {
@@ -11,6 +12,17 @@ namespace {
 // Rows that go through the chain at a time: bounds the workspace for any batch size, and keeps a chunk of activations
 // in the L2 cache. A multiple of the product's block of K, so that a batch's chunks add up as its blocks do.
 constexpr int64_t kChunk = 4 * kDepth;
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// A member's share of n items, in whole blocks of `grain`.
+inline Range share(int64_t n, int64_t grain, int member, int members) {
+  const int64_t blocks = ceil_div(n, grain);
+  return {std::min(blocks * member / members * grain, n), std::min(blocks * (member + 1) / members * grain, n)};
+}
 
 inline Packed pack_forward(const Matrix& w) { return pack(w.data, w.cols, w.rows, w.col_stride, w.row_stride); }
 inline Packed pack_backward(const Matrix& w) { return pack(w.data, w.rows, w.cols, w.row_stride, w.col_stride); }
@@ -43,7 +55,8 @@ struct Stage {
         d(chunk, layer.weight.rows) {}
 };
 
-// s^2 of a packed gradient (depth, width), summed in double, column by column, without the columns that fill a panel.
+// The sum of the squares of `rows` rows of a packed gradient from row `first` on, in double, without the columns that fill
+// up a panel.
 template <int V>
 double square_sum(const float* data, int64_t rows, int64_t row_stride, int64_t width) {
   typedef float Half __attribute__((vector_size(kLanes * 2), aligned(4), may_alias));
@@ -60,17 +73,17 @@ double square_sum(const float* data, int64_t rows, int64_t row_stride, int64_t w
   return sum;
 }
 
-inline double square_sum(const Packed& packed) {
-  const Panels panels = packed.panels();
+inline double square_sum(const Packed& packed, int64_t first, int64_t rows) {
+  const Panels panels = packed.panels().from(first);
   double sum = 0;
   for (int64_t j = 0; j < packed.width; j += kPanel) {
     const float* data = panels.data + j / kPanel * panels.panel_stride;
     if (packed.width - j >= kPanel) {
-      sum += square_sum<kVectors>(data, packed.depth, panels.row_stride, kPanel);
+      sum += square_sum<kVectors>(data, rows, panels.row_stride, kPanel);
       continue;
     }
     for (int64_t i = j; i < packed.width; i += kLanes) {
-      sum += square_sum<1>(data + i - j, packed.depth, panels.row_stride, std::min<int64_t>(kLanes, packed.width - i));
+      sum += square_sum<1>(data + i - j, rows, panels.row_stride, std::min<int64_t>(kLanes, packed.width - i));
     }
   }
   return sum;
@@ -106,84 +119,172 @@ inline void descend(float* w, float* velocity, const float* g, int64_t n, const 
   }
 }
 
-// All that a pass keeps from step to step, allocated once: packed weights, the gradient, one chunk of activations.
+// Rows of G^T and W^T (inputs) that a member takes together; the norm's partial sums are over such blocks, whatever the
+// number of members. A multiple of every kRows.
+constexpr int64_t kInputs = 48;
+
+// All that a pass keeps from step to step, allocated once: packed weights, the gradient, one chunk of activations. The
+// members of a team call its functions side by side, each on its own share, with a barrier between those that follow on
+// each other; every number is computed in the same way whichever member does it.
 class Pass {
  public:
-  Pass(const Problem& problem, int64_t batch)
+  Pass(const Problem& problem, int64_t batch, const Team& team)
       : problem_(problem),
-        batch_(std::min(batch, problem.x.visits)),
-        chunk_(std::min(batch_, kChunk)),
+        team_(team),
+        chunk_(std::min({batch, problem.x.visits, kChunk})),
         x_(chunk_, problem.x.cols),
         grad_weight_(problem.x.cols, problem.layers[0].weight.rows),
         grad_bias_(static_cast<size_t>(problem.layers[0].weight.rows)),
-        target_(static_cast<size_t>(problem.layers.back().weight.rows)),
-        scratch_(target_.size()) {
+        squares_(static_cast<size_t>(ceil_div(problem.x.cols, kInputs))),
+        row_losses_(static_cast<size_t>(chunk_)),
+        gram_(static_cast<size_t>(ceil_div(kGramRows, kGramBlock))) {
     for (const Layer& layer : problem.layers) stages_.emplace_back(layer, !stages_.empty(), chunk_);
+    for (int i = 0; i < team.size(); ++i) scratch_.emplace_back(static_cast<size_t>(2 * n_last()));
   }
 
   Stage& active() { return stages_.front(); }
   const Packed& grad_weight() const { return grad_weight_; }
   const std::vector<double>& grad_bias() const { return grad_bias_; }
 
-  // The loss of visits first .. first + rows; leaves G = D^T X and the column sums of D behind.
-  double loss_and_gradient(int64_t first, int64_t rows) {
+  // Whether to take the norm from the Gram matrices of a mini-batch: that costs rows^2 (n_in + n_out) operations, and
+  // saves writing, squaring and reading G. The factor is measured (bench/cpu_epoch.py).
+  bool prefers_gram(int64_t rows) const { return rows <= kGramRows && rows * rows <= 8 * active_width(); }
+
+  // The loss and G = D^T X of visits first .. first + rows, with the sums of squares. Ends on a barrier.
+  double loss_and_gradient(Team& team, int member, int64_t first, int64_t rows) {
     double sum = 0;
-    std::fill(grad_bias_.begin(), grad_bias_.end(), 0.0);
     for (int64_t done = 0; done < rows; done += kChunk) {
       const int64_t count = std::min(kChunk, rows - done);
-      gather_rows(problem_.x, first + done, count, x_);
-      forward(count);
-      sum += residual(first + done, count, rows);
-      backward(count);
-      gradient(count, done > 0);
+      sum += loss_and_residual(team, member, first + done, count, rows);
+      gradient(member, count, done > 0, done + count == rows);
+      team.barrier(member);
     }
-    return sum * loss_factor(problem_.loss, rows, static_cast<int64_t>(target_.size()));
+    return sum * loss_factor(problem_.loss, rows, n_last());
+  }
+
+  // h, g and D of all layers for one chunk, and its share of the loss, unscaled. Ends on a barrier.
+  double loss_and_residual(Team& team, int member, int64_t first, int64_t count, int64_t rows_in_batch) {
+    const Range rows = share(count, kRows, member, team_.size());
+    gather_rows(problem_.x, first + rows.begin, rows.size(), x_, rows.begin);
+    forward(rows);
+    residual(member, first, rows, rows_in_batch);
+    backward(rows);
+    team.barrier(member);
+    return std::accumulate(row_losses_.begin(), row_losses_.begin() + count, 0.0);
+  }
+
+  // A member's part of G^T (+)= X^T D, in the layout of the packed weight, and of the column sums of D; with `last` also
+  // the squares.
+  void gradient(int member, int64_t rows, bool add, bool last) {
+    const Range inputs = share(x_.cols, kInputs, member, team_.size());
+    gemm<true>(inputs.size(), active_width(), rows, x_.row(0) + inputs.begin, x_.ld, active().d.panels(),
+               grad_weight_.panels().from(inputs.begin), add);
+    bias_gradient(member, rows, add);
+    if (!last) return;
+    for (int64_t first = inputs.begin; first < inputs.end; first += kInputs) {
+      squares_[static_cast<size_t>(first / kInputs)] = square_sum(grad_weight_, first, std::min(kInputs, inputs.end - first));
+    }
+  }
+
+  void bias_gradient(int member, int64_t rows, bool add) {
+    const Range columns = share(active_width(), kLanes, member, team_.size());
+    if (!add) std::fill(grad_bias_.begin() + columns.begin, grad_bias_.begin() + columns.end, 0.0);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* d = active().d.row(r);
+      for (int64_t j = columns.begin; j < columns.end; ++j) grad_bias_[static_cast<size_t>(j)] += d[j];
+    }
   }
 
   // s, the Frobenius norm of [G, bias gradient].
   float norm() {
-    double squares = square_sum(grad_weight_);
+    double squares = std::accumulate(squares_.begin(), squares_.end(), 0.0);
     if (!active().bias.empty()) {
       for (const double g : grad_bias_) squares += g * g;
     }
     return static_cast<float>(std::sqrt(squares));
   }
 
+  // A member's part of the Gram sums of one mini-batch of at most kGramRows rows, for gram_norm().
+  void gram(int member, int64_t rows) {
+    const double one = active().bias.empty() ? 0 : 1;
+    for (int64_t block = member; block * kGramBlock < rows; block += team_.size()) {
+      gram_[static_cast<size_t>(block)] = gram_sums(block, rows, x_, active().d, active_width(), one);
+    }
+  }
+
+  // s from the Gram sums, or nothing where they cannot be trusted with it: where their terms cancel, or s would not fit
+  // the plain arithmetic of the rank-b update.
+  std::optional<float> gram_norm(int64_t rows) const {
+    GramSums sums;
+    for (int64_t block = 0; block * kGramBlock < rows; ++block) {
+      sums.squares += gram_[static_cast<size_t>(block)].squares;
+      sums.magnitude += gram_[static_cast<size_t>(block)].magnitude;
+    }
+    const double norm = std::sqrt(sums.squares);
+    if (!(sums.squares > 0.02 * sums.magnitude && norm > 1e-30 && norm < 1e30)) return std::nullopt;
+    return static_cast<float>(norm);
+  }
+
+  // A member's part of W <- W + scale G, as one product of rank `rows`, without G.
+  void rank_update(int member, int64_t rows, float scale) {
+    const Range inputs = share(x_.cols, kInputs, member, team_.size());
+    gemm<true>(inputs.size(), active_width(), rows, x_.row(0) + inputs.begin, x_.ld, active().d.panels(),
+               active().weight.panels().from(inputs.begin), true, scale);
+  }
+
+  // Calls body(offset, count) for the runs of consecutive numbers that are a member's share of the packed weight.
+  template <typename Body>
+  void for_own_weights(int member, Body body) const {
+    const Range inputs = share(x_.cols, kInputs, member, team_.size());
+    const Panels panels = grad_weight_.panels();
+    for (int64_t j = 0; j < grad_weight_.width; j += kPanel) {
+      body(j / kPanel * panels.panel_stride + inputs.begin * panels.row_stride, inputs.size() * panels.row_stride);
+    }
+  }
+
+  double loss_scale(int64_t rows) const { return loss_factor(problem_.loss, rows, n_last()); }
+
  private:
-  // h = phi(Z) and g(Z) of every layer, for the chunk in x_.
-  void forward(int64_t rows) {
+  int64_t n_last() const { return problem_.layers.back().weight.rows; }
+  int64_t active_width() const { return problem_.layers[0].weight.rows; }
+
+  // h = phi(Z) and g(Z) of every layer, for these rows of the chunk in x_.
+  void forward(Range rows) {
     const Dense* input = &x_;
     for (Stage& stage : stages_) {
       const int64_t n = stage.weight.width;
-      gemm<false>(rows, n, stage.weight.depth, input->row(0), input->ld, stage.weight.panels(), stage.h.panels(), false);
+      gemm<false>(rows.size(), n, stage.weight.depth, input->row(rows.begin), input->ld, stage.weight.panels(),
+                  stage.h.panels().from(rows.begin), false);
       const float* bias = stage.bias.empty() ? nullptr : stage.bias.data();
-      for (int64_t r = 0; r < rows; ++r) activate(stage.phi, stage.h.row(r), bias, stage.h.row(r), stage.d.row(r), n);
+      for (int64_t r = rows.begin; r < rows.end; ++r) {
+        activate(stage.phi, stage.h.row(r), bias, stage.h.row(r), stage.d.row(r), n);
+      }
       input = &stage.h;
     }
   }
 
-  // D of the last layer, and the chunk's share of the loss; `rows_in_batch` is what the loss averages over.
-  double residual(int64_t first, int64_t rows, int64_t rows_in_batch) {
+  // D of the last layer, and each row's share of the loss; `rows_in_batch` is what the loss averages over.
+  void residual(int member, int64_t first, Range rows, int64_t rows_in_batch) {
     Stage& last = stages_.back();
-    const int64_t n = last.weight.width;
+    const int64_t n = n_last();
     const double factor = loss_factor(problem_.loss, rows_in_batch, n);
     const float scale = static_cast<float>(problem_.loss == Loss::mse ? 2 * factor : factor);
-    double sum = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      target_row(problem_.target, problem_.x.row(first + r), target_.data(), n);
-      sum += loss_row(problem_.loss, scale, last.h.row(r), target_.data(), scratch_.data(), last.d.row(r), n);
+    float* target = scratch_[static_cast<size_t>(member)].data();
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      target_row(problem_.target, problem_.x.row(first + r), target, n);
+      row_losses_[static_cast<size_t>(r)] = loss_row(problem_.loss, scale, last.h.row(r), target, target + n, last.d.row(r), n);
     }
-    return sum;
   }
 
   // D_{l-1} = (D_l W_l) * g(Z_{l-1}), down to the active layer.
-  void backward(int64_t rows) {
+  void backward(Range rows) {
     for (size_t l = stages_.size() - 1; l > 0; --l) {
       const Stage& above = stages_[l];
       Stage& below = stages_[l - 1];
       const int64_t n = below.weight.width;
-      gemm<false>(rows, n, above.weight.width, above.d.row(0), above.d.ld, above.backward.panels(), below.h.panels(), false);
-      for (int64_t r = 0; r < rows; ++r) {
+      gemm<false>(rows.size(), n, above.weight.width, above.d.row(rows.begin), above.d.ld, above.backward.panels(),
+                  below.h.panels().from(rows.begin), false);
+      for (int64_t r = rows.begin; r < rows.end; ++r) {
         const float* from = below.h.row(r);
         float* d = below.d.row(r);
         for (int64_t j = 0; j < n; ++j) d[j] *= from[j];
@@ -191,45 +292,58 @@ class Pass {
     }
   }
 
-  // G^T (+)= X^T D, in the layout of the packed weight, and the column sums of D.
-  void gradient(int64_t rows, bool add) {
-    const Dense& d = active().d;
-    gemm<true>(x_cols(), grad_weight_.width, rows, x_.row(0), x_.ld, d.panels(), grad_weight_.panels(), add);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (size_t j = 0; j < grad_bias_.size(); ++j) grad_bias_[j] += d.row(r)[j];
-    }
-  }
-
-  int64_t x_cols() const { return problem_.x.cols; }
-
   const Problem& problem_;
-  int64_t batch_, chunk_;
+  const Team& team_;
+  int64_t chunk_;
   Dense x_;
   Packed grad_weight_;
-  std::vector<double> grad_bias_;
-  std::vector<float> target_, scratch_;
+  std::vector<double> grad_bias_, squares_, row_losses_;
+  std::vector<GramSums> gram_;
+  std::vector<std::vector<float>> scratch_;  // for each member a row of targets and one of the softmax
   std::vector<Stage> stages_;
 };
 
+// As many members as help: none that would have less than some 10 microseconds of work between two barriers.
+inline int members(int threads, int64_t rows, int64_t flops_per_row) {
+  constexpr int64_t kFlops = 1 << 20;
+  return static_cast<int>(std::clamp<int64_t>(rows * flops_per_row / kFlops, 1, threads));
+}
+
 // h = phi(x W^T + bias), rows in chunks, into row-major `out` (visits, n_out).
-void forward(const Layer& layer, const Input& x, float* out) {
-  const int64_t chunk = std::min(x.visits, kChunk), n = layer.weight.rows;
+void forward(const Layer& layer, const Input& x, float* out, int threads) {
+  const int64_t n = layer.weight.rows;
   const Packed weight = pack_forward(layer.weight);
   const std::vector<float> bias = dense(layer.bias);
-  const Dense input(chunk, x.cols), z(chunk, n);
-  for (int64_t first = 0; first < x.visits; first += kChunk) {
-    const int64_t rows = std::min(kChunk, x.visits - first);
-    gather_rows(x, first, rows, input);
-    gemm<false>(rows, n, x.cols, input.row(0), input.ld, weight.panels(), z.panels(), false);
-    for (int64_t r = 0; r < rows; ++r) {
-      activate(layer.phi, z.row(r), bias.empty() ? nullptr : bias.data(), out + (first + r) * n, nullptr, n);
+  Team team(members(threads, x.visits, 2 * n * x.cols));
+  const int64_t chunk = std::min(x.visits, kChunk);
+  std::vector<std::pair<Dense, Dense>> scratch;
+  for (int i = 0; i < team.size(); ++i) scratch.emplace_back(Dense(chunk, x.cols), Dense(chunk, n));
+  team.run([&](int member) {
+    const Range own = share(x.visits, kChunk, member, team.size());
+    const auto& [input, z] = scratch[static_cast<size_t>(member)];
+    for (int64_t first = own.begin; first < own.end; first += kChunk) {
+      const int64_t rows = std::min(kChunk, own.end - first);
+      gather_rows(x, first, rows, input, 0);
+      gemm<false>(rows, n, x.cols, input.row(0), input.ld, weight.panels(), z.panels(), false);
+      for (int64_t r = 0; r < rows; ++r) {
+        activate(layer.phi, z.row(r), bias.empty() ? nullptr : bias.data(), out + (first + r) * n, nullptr, n);
+      }
     }
-  }
+  });
+}
+
+// Multiplications and additions of a step, for each row.
+inline int64_t step_flops(const Problem& problem) {
+  int64_t flops = 0;
+  for (const Layer& layer : problem.layers) flops += 4 * layer.weight.rows * layer.weight.cols;
+  return flops;
 }
 
 // SNGD over mini-batches. Weight and velocity live packed for the whole pass and go back, bit for bit, at its end.
-void epoch(const Problem& problem, const Update& update, int64_t batch, float* losses, float* norms) {
-  Pass pass(problem, batch);
+void epoch(const Problem& problem, const Update& update, int64_t batch, float* losses, float* norms, int threads) {
+  const int64_t visits = problem.x.visits;
+  Team team(members(threads, std::min(batch, visits), step_flops(problem)));
+  Pass pass(problem, batch, team);
   Stage& layer = pass.active();
   Packed velocity;
   const Matrix& v = update.velocity_weight;
@@ -242,25 +356,62 @@ void epoch(const Problem& problem, const Update& update, int64_t batch, float* l
   if (!velocity_bias.empty()) velocity_bias.resize(static_cast<size_t>(padded));
   std::vector<float> grad_bias(static_cast<size_t>(padded));
 
-  const int64_t visits = problem.x.visits;
-  int64_t step = 0;
-  for (int64_t first = 0; first < visits; ++step) {
-    const int64_t rows = std::min(batch, visits - first);
-    losses[step] = static_cast<float>(pass.loss_and_gradient(first, rows));
-    const float norm = norms[step] = pass.norm();
-    first += rows;
-    if (!(norm > 0 && std::isfinite(norm))) continue;
-    const Normalizer s(norm);
+  const auto update_bias = [&](Normalizer s) {
     for (size_t j = 0; j < n_bias; ++j) grad_bias[j] = static_cast<float>(pass.grad_bias()[j]);
     if (v.data) {
-      descend(layer.weight.buffer.data(), velocity.buffer.data(), pass.grad_weight().buffer.data(), velocity.buffer.size(),
-              update, s);
       descend(layer.bias.data(), velocity_bias.data(), grad_bias.data(), padded, update, s);
     } else {
-      descend(layer.weight.buffer.data(), pass.grad_weight().buffer.data(), layer.weight.buffer.size(), update.lr, s);
       descend(layer.bias.data(), grad_bias.data(), padded, update.lr, s);
     }
-  }
+  };
+  const auto update_weight = [&](int member, Normalizer s) {
+    const float* g = pass.grad_weight().buffer.data();
+    float* w = layer.weight.buffer.data();
+    pass.for_own_weights(member, [&](int64_t at, int64_t count) {
+      if (v.data) {
+        descend(w + at, velocity.buffer.data() + at, g + at, count, update, s);
+      } else {
+        descend(w + at, g + at, count, update.lr, s);
+      }
+    });
+  };
+  team.run([&](int member) {
+    int64_t step = 0;
+    for (int64_t first = 0, rows; first < visits; first += rows, ++step) {
+      rows = std::min(batch, visits - first);
+      double loss;
+      std::optional<float> norm;
+      bool by_gram = false;
+      if (!v.data && pass.prefers_gram(rows)) {
+        loss = pass.loss_and_residual(team, member, first, rows, rows) * pass.loss_scale(rows);
+        pass.gram(member, rows);
+        pass.bias_gradient(member, rows, false);
+        team.barrier(member);
+        norm = pass.gram_norm(rows);
+        by_gram = norm.has_value();
+        if (!by_gram) {
+          pass.gradient(member, rows, false, true);
+          team.barrier(member);
+        }
+      } else {
+        loss = pass.loss_and_gradient(team, member, first, rows);
+      }
+      if (!by_gram) norm = pass.norm();
+      if (*norm > 0 && std::isfinite(*norm)) {
+        if (by_gram) {
+          pass.rank_update(member, rows, -(update.lr / *norm));
+        } else {
+          update_weight(member, Normalizer(*norm));
+        }
+        if (member == 0) update_bias(Normalizer(*norm));
+      }
+      if (member == 0) {
+        losses[step] = static_cast<float>(loss);
+        norms[step] = *norm;
+      }
+      if (!team.stays(member)) return;
+    }
+  });
   const Matrix& w = problem.layers[0].weight;
   unpack(layer.weight, w.data, w.col_stride, w.row_stride);
   if (v.data) unpack(velocity, v.data, v.col_stride, v.row_stride);
@@ -271,9 +422,10 @@ void epoch(const Problem& problem, const Update& update, int64_t batch, float* l
 }
 
 // The gradient of all rows as one batch.
-void gradient(const Problem& problem, Matrix grad_weight, Vector grad_bias, float* norm) {
-  Pass pass(problem, problem.x.visits);
-  pass.loss_and_gradient(0, problem.x.visits);
+void gradient(const Problem& problem, Matrix grad_weight, Vector grad_bias, float* norm, int threads) {
+  Team team(members(threads, problem.x.visits, step_flops(problem)));
+  Pass pass(problem, problem.x.visits, team);
+  team.run([&](int member) { pass.loss_and_gradient(team, member, 0, problem.x.visits); });
   unpack(pass.grad_weight(), grad_weight.data, grad_weight.col_stride, grad_weight.row_stride);
   if (grad_bias.data) {
     for (int64_t j = 0; j < grad_bias.size; ++j) {

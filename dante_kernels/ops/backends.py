@@ -60,7 +60,7 @@ def _load_cpp() -> tuple[Any, str | None]:
     """The compiled operators, or None and the reason why they cannot be had."""
     library = next(iter(sorted(Path(__file__).parent.parent.glob("_C*.so"))), None)
     if library is None:
-        return None, "the C++ extension was not built (reinstall with DANTE_BUILD_EXT=1 to see why)"
+        return None, "the C++ extension was not built; install g++ and reinstall, with DANTE_BUILD_EXT=1 to see why it fails"
     try:
         torch.ops.load_library(str(library))
         return SimpleNamespace(**{name: getattr(torch.ops.dante_cpp, name).default for name in OPERATORS}), None
@@ -101,7 +101,7 @@ def _report_step_down(wanted: str, served_by: str, reason: str) -> None:
 
 
 @functools.cache
-def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def _choose(backend: str, device: torch.device, dtype: torch.dtype, asked: str) -> str:
     if backend == "auto":
         fastest = "triton" if device.type == "cuda" else "cpp"
         reason = why_not(fastest, device, dtype)
@@ -110,10 +110,10 @@ def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         _report_step_down(fastest, "reference", reason)
         return "reference"
     if backend not in NAMES:
-        raise ValueError(f"backend: expected auto or one of {', '.join(NAMES)}, got {backend!r}")
+        raise ValueError(f"{asked}: expected auto or one of {', '.join(NAMES)}, got {backend!r}")
     reason = why_not(backend, device, dtype)
     if reason is not None:
-        raise ValueError(f"backend: {backend!r} cannot serve this call: {reason}")
+        raise ValueError(f"{asked}: {backend!r} cannot serve this call: {reason}")
     return backend
 
 
@@ -126,9 +126,10 @@ def choose(backend: str, weight: Tensor) -> Any:
     Raises:
         ValueError: for an unknown name, or a backend named explicitly that cannot serve the call.
     """
+    asked = "backend"
     if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-    name = _choose(backend, weight.device, weight.dtype)
+        backend, asked = os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE
+    name = _choose(backend, weight.device, weight.dtype, asked)
     if name == "reference":
         return _Reference
     return _load_cpp()[0] if name == "cpp" else _load_triton()[0]

@@ -6,6 +6,11 @@ values on a GPU, so no check waits for the device.
 
 from __future__ import annotations
 
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +27,29 @@ def tensor(name: str, value: object) -> Tensor:
     """`value` itself, where it is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def argument_types(
+    tensors: Mapping[str, object], optional: Mapping[str, object], numbers_: Mapping[str, object], whole: Mapping[str, object]
+) -> None:
+    """What torch's dispatcher would otherwise refuse with a schema instead of a sentence."""
+    for name, value in tensors.items():
+        tensor(name, value)
+    for name, value in optional.items():
+        if value is not None:
+            tensor(name, value)
+    for name, value in numbers_.items():
+        number(name, value)
+    for name, value in whole.items():
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+            raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
+
+
+def backend_name(value: object) -> str:
+    """`value` itself, where it is a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"backend: expected a name, got {type(value).__name__}")
     return value
 
 
@@ -159,6 +187,33 @@ def update(
     _writable("weight", weight)
     if bias is not None:
         _writable("bias", bias)
+
+
+def no_aliases(written: dict[str, Tensor | None], args: tuple[Any, ...]) -> None:
+    """What is changed in place must not begin where another argument begins."""
+    places: dict[int, int] = {}
+    for value in args:
+        for tensor_ in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(tensor_, Tensor) and tensor_.numel():
+                places[tensor_.data_ptr()] = places.get(tensor_.data_ptr(), 0) + 1
+    for name, changed in written.items():
+        if changed is not None and places[changed.data_ptr()] > 1:
+            raise ValueError(f"{name}: is changed in place, but shares its memory with another argument; pass a clone()")
+
+
+def number(name: str, value: object) -> float:
+    """A real number, of Python's or numpy's types."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def finite(name: str, value: object) -> float:
+    """A real number that is neither infinite nor NaN."""
+    real = number(name, value)
+    if not math.isfinite(real):
+        raise ValueError(f"{name}: expected a finite number, got {real}")
+    return real
 
 
 def batches(order: Tensor | None, batch_size: int, x: Tensor) -> None:

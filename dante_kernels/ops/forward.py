@@ -42,11 +42,14 @@ def layer_forward(
 
     Mutates nothing. No autograd.
 
+    Source: section 2 of the 2020 DANTE paper (a layer as a set of generalized linear models).
+
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
 
     >>> layer_forward(torch.tensor([[1.0, -2.0]]), torch.eye(2), None, "leaky_relu")
     tensor([[ 1.0000, -0.0200]])
     """
+    checks.argument_types({"x": x, "weight": weight}, {"bias": bias}, {}, {})
     with torch.no_grad():
-        return _operator(x, weight, bias, resolve(activation).encode(), backend=backend)
+        return _operator(x, weight, bias, resolve(activation).encode(), backend=checks.backend_name(backend))

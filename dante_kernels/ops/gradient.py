@@ -57,6 +57,8 @@ def layer_gradient(
 
     Mutates nothing. No autograd.
 
+    Source: the gradient g_t of Algorithm 1 of the 2020 DANTE paper, before it is normalized.
+
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
 
@@ -64,8 +66,9 @@ def layer_gradient(
     >>> layer_gradient(w, None, torch.tensor([[3.0, 4.0]]), torch.tensor([[6.5]]), [], "identity", "mse")
     (tensor([[3., 4.]]), None, tensor(5.))
     """
+    checks.argument_types({"weight": weight, "x": x, "target": target}, {"bias": bias}, {}, {})
     with torch.no_grad():
         grad_weight, grad_bias, norm = _operator(
-            weight, bias, x, target, *flatten(suffix, activation), losses.code(loss), backend=backend
+            weight, bias, x, target, *flatten(suffix, activation), losses.code(loss), backend=checks.backend_name(backend)
         )
     return grad_weight, None if bias is None else grad_bias, norm

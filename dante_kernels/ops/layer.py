@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..activations import Activation, resolve
+from . import checks
 
 
 class Layer(NamedTuple):
@@ -23,9 +24,12 @@ def flatten(
     activation: Activation | str | nn.Module,
 ) -> tuple[list[Tensor], list[Tensor | None], list[float]]:
     """(suffix weights, suffix biases, three numbers for each activation with the active layer's first)."""
+    if not isinstance(suffix, list | tuple):
+        raise TypeError(f"suffix: expected a list of layers, empty for the last layer, got {type(suffix).__name__}")
     for i, layer in enumerate(suffix):
         if not isinstance(layer, tuple) or len(layer) != 3:
             raise TypeError(f"suffix[{i}]: expected a Layer or (weight, bias, activation), got {type(layer).__name__}")
+        checks.argument_types({f"suffix[{i}] weight": layer[0]}, {f"suffix[{i}] bias": layer[1]}, {}, {})
     numbers = list(resolve(activation).encode())
     for _, _, phi in suffix:
         numbers += resolve(phi).encode()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import backends
+from . import backends, checks
 
 LIBRARY = torch.library.Library("dante", "DEF")
 
@@ -32,6 +32,7 @@ def register(
     overload = getattr(torch.ops.dante, name).default
     positional = [argument for argument in overload._schema.arguments if not argument.kwarg_only]
     weight = next(i for i, argument in enumerate(positional) if argument.name == "weight")
+    written = [i for i, a in enumerate(positional) if a.alias_info is not None and a.alias_info.is_write]
 
     def complete(args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The dispatcher leaves off trailing arguments that have their default."""
@@ -40,8 +41,13 @@ def register(
     def implementation(*args: Any, backend: str = "auto") -> Any:
         args = complete(args)
         check(*args)
+        mutated = [args[i] for i in written if args[i] is not None]
+        checks.no_aliases({positional[i].name: args[i] for i in written}, args)
         with torch.no_grad():
-            return getattr(backends.choose(backend, args[weight]), name)(*args)
+            result = getattr(backends.choose(backend, args[weight]), name)(*args)
+        # Kernels write behind autograd's back; with the version counted up, a graph that needs the old values says so.
+        torch.autograd.graph.increment_version([tensor for tensor in mutated if not tensor.is_inference()])
+        return result
 
     def checked_fake(*args: Any, backend: str = "auto") -> Any:
         args = complete(args)
@@ -50,5 +56,7 @@ def register(
 
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, key)
+    # No autograd: parameters that require gradients are taken like any tensor, and results never require them.
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"dante::{name}", checked_fake, lib=LIBRARY)
     return overload

@@ -51,10 +51,19 @@ _epoch = registration.register(
 )
 
 
-def _lr_tensor(lr: float | Tensor, weight: Tensor) -> Tensor:
-    if isinstance(lr, Tensor):
-        return lr
-    return torch.full((), lr, dtype=weight.dtype, device=weight.device)
+def _update(
+    lr: float | Tensor,
+    weight: Tensor,
+    velocity_weight: Tensor | None,
+    velocity_bias: Tensor | None,
+    momentum: float,
+    nesterov: bool,
+) -> tuple[Any, ...]:
+    """The schema's arguments of the update, with lr as a tensor on the weight's device."""
+    checks.argument_types({}, {"velocity_weight": velocity_weight, "velocity_bias": velocity_bias}, {"momentum": momentum}, {})
+    if not isinstance(lr, Tensor):
+        lr = torch.full((), checks.finite("lr", lr), dtype=weight.dtype, device=weight.device)
+    return lr, velocity_weight, velocity_bias, momentum, bool(nesterov)
 
 
 def sngd_step_(
@@ -109,11 +118,11 @@ def sngd_step_(
     >>> w, float(loss), float(norm)
     (tensor([[0.7000, 0.6000]]), 0.25, 5.0)
     """
-    checks.tensor("weight", weight)
+    checks.argument_types({"weight": weight, "x": x, "target": target}, {"bias": bias}, {}, {})
     with torch.no_grad():
         return _step(
-            weight, bias, x, target, *flatten(suffix, activation), losses.code(loss), _lr_tensor(lr, weight),
-            velocity_weight, velocity_bias, momentum, nesterov, backend=backend,
+            weight, bias, x, target, *flatten(suffix, activation), losses.code(loss),
+            *_update(lr, weight, velocity_weight, velocity_bias, momentum, nesterov), backend=checks.backend_name(backend),
         )  # fmt: skip
 
 
@@ -138,7 +147,7 @@ def sngd_epoch_(
     """A whole pass of `sngd_step_` over mini-batches of x, in one call, without waiting for the device.
 
     Equal, bit for bit, to calling `sngd_step_` on x[order[i : i + batch_size]] for i = 0, batch_size, ...; the last
-    batch may be shorter. Arguments are those of `sngd_step_`, and:
+    batch may be shorter. Arguments are those of `sngd_step_`, weight, bias and velocities **mutated** likewise, and:
 
     Args:
         order: (n,) int64, the row numbers of x and target in the order in which they are visited, repeats allowed;
@@ -154,9 +163,10 @@ def sngd_epoch_(
 
     Source: Algorithm 1 of the 2020 DANTE paper, inside Algorithm 2.
     """
-    checks.tensor("weight", weight)
+    tensors = {"weight": weight, "x": x, "target": target}
+    checks.argument_types(tensors, {"bias": bias, "order": order}, {}, {"batch_size": batch_size})
     with torch.no_grad():
         return _epoch(
             weight, bias, x, target, order, batch_size, *flatten(suffix, activation), losses.code(loss),
-            _lr_tensor(lr, weight), velocity_weight, velocity_bias, momentum, nesterov, backend=backend,
+            *_update(lr, weight, velocity_weight, velocity_bias, momentum, nesterov), backend=checks.backend_name(backend),
         )  # fmt: skip

@@ -62,6 +62,8 @@ def test_a_wrong_part_of_the_problem_is_named(name, make, error, message, backen
 @pytest.mark.parametrize(
     ("more", "error", "message"),
     [
+        ({"lr": float("nan")}, ValueError, "lr: expected a finite number, got nan"),
+        ({"lr": float("inf")}, ValueError, "lr: expected a finite number, got inf"),
         ({"lr": torch.zeros(2)}, ValueError, "lr: expected a number or a 0-dimensional tensor"),
         ({"lr": torch.tensor(0.1).double()}, TypeError, "lr: expected float32, got float64"),
         ({"momentum": 1.0}, ValueError, "momentum: expected a number from 0 to below 1, got 1.0"),
@@ -116,7 +118,7 @@ def test_an_explicit_backend_that_cannot_serve_raises(monkeypatch):
         with pytest.raises(ValueError, match=f"backend: '{backend}' cannot serve this call: it takes float32 weights"):
             ops.sngd_step_(*problem.args, 0.1, backend=backend)
     monkeypatch.setenv("DANTE_BACKEND", "cpp")
-    with pytest.raises(ValueError, match="backend: 'cpp' cannot serve"):
+    with pytest.raises(ValueError, match="DANTE_BACKEND: 'cpp' cannot serve"):
         ops.sngd_step_(*problem.args, 0.1)
 
 
@@ -126,5 +128,47 @@ def test_the_environment_variable_chooses_the_backend(monkeypatch):
     by_variable = ops.layer_gradient(*problem.args)
     assert torch.equal(by_variable[0], ops.layer_gradient(*problem.args, backend="reference")[0])
     monkeypatch.setenv("DANTE_BACKEND", "abacus")
-    with pytest.raises(ValueError, match="backend: expected auto or one of"):
+    with pytest.raises(ValueError, match="DANTE_BACKEND: expected auto or one of"):
         ops.layer_gradient(*problem.args)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"x": [[1.0]]}, "x: expected a torch.Tensor, got list"),
+        ({"target": [0, 1]}, "target: expected a torch.Tensor, got list"),
+        ({"bias": 3}, "bias: expected a torch.Tensor, got int"),
+        ({"suffix": None}, "suffix: expected a list of layers, empty for the last layer, got NoneType"),
+        ({"suffix": [Layer([1], None, "relu")]}, r"suffix\[0\] weight: expected a torch.Tensor, got list"),
+        ({"order": [1, 2]}, "order: expected a torch.Tensor, got list"),
+        ({"batch_size": 2.5}, "batch_size: expected a whole number, got float"),
+        ({"lr": None}, "lr: expected a number, got NoneType"),
+        ({"momentum": "0.9"}, "momentum: expected a number, got str"),
+        ({"velocity_weight": 1}, "velocity_weight: expected a torch.Tensor, got int"),
+        ({"backend": 3}, "backend: expected a name, got int"),
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_named(more, message):
+    problem = make_problem(seed=0)
+    arguments = {
+        "weight": problem.weight, "bias": problem.bias, "x": problem.x, "target": problem.target, "order": None,
+        "batch_size": 3, "suffix": problem.suffix, "activation": problem.activation, "loss": problem.loss, "lr": 0.1, **more,
+    }  # fmt: skip
+    with pytest.raises(TypeError, match=message):
+        ops.sngd_epoch_(**arguments)
+
+
+@pytest.mark.parametrize("other", ["x", "velocity_weight", "bias"])
+def test_memory_that_is_shared_with_what_changes_is_refused(other, backend):
+    problem = make_problem(seed=0, rows=6, n_in=5, widths=(6, 3))
+    before = problem.weight.clone()
+    more = {"velocity_weight": torch.zeros(6, 5), "velocity_bias": torch.zeros(6), "momentum": 0.9}
+    if other == "velocity_weight":
+        more["velocity_weight"] = problem.weight
+    elif other == "x":
+        problem.x = problem.weight
+    else:
+        problem.suffix[0] = Layer(problem.suffix[0].weight, problem.bias[:3], "relu")
+    with pytest.raises(ValueError, match="is changed in place, but shares its memory"):
+        ops.sngd_step_(*problem.args, 0.1, backend=backend, **more)
+    assert torch.equal(problem.weight, before)

@@ -165,6 +165,30 @@ def test_relu_masks_are_exact_where_the_arithmetic_is(backend, activation):
     assert torch.equal(grad_bias.double(), exact[1])
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_saturated_activations_and_confident_outputs_are_right(backend, activation, loss):
+    """Pre-activations of several tens: slopes far below the rounding of 1 - h, and softmax of logits far apart."""
+    problem = make_problem(seed=31, rows=9, n_in=7, widths=(6, 5), loss=loss, activation=activation)
+    problem.x *= 25
+    problem.suffix[0].weight.mul_(30)
+    check_gradient(problem, backend)
+
+
+def test_classes_ruled_out_by_minus_infinity_cost_nothing(backend):
+    for widths in ((5,), (4, 5), (3, 1200)):
+        problem = make_problem(seed=32, rows=6, widths=widths, loss="cross_entropy", class_indices=True)
+        bias = problem.suffix[-1].bias if problem.suffix else problem.bias
+        bias[: widths[-1] - 2] = -torch.inf
+        problem.target.fill_(widths[-1] - 1)
+        exact = problem.to(torch.float64)
+        loss, norm = ops.sngd_step_(*problem.args, 0.1, backend=backend)
+        truth, true_norm = ops.sngd_step_(*exact.args, 0.1, backend="reference")
+        assert truth.isfinite()
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norm.double(), true_norm, rtol=1e-5, atol=1e-6)
+
+
 def test_bfloat16_inputs_are_used_at_full_precision(backend):
     problem = make_problem(seed=6, rows=30, n_in=40, widths=(20, 5))
     problem.x = problem.x.bfloat16()

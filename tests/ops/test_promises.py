@@ -55,6 +55,16 @@ def test_order_may_repeat_and_leave_out_rows(backend):
     assert_same(backend, one.weight, two.weight)
 
 
+def test_order_may_be_strided(backend):
+    one = make_problem(seed=9, rows=17)
+    two = one.clone()
+    order = torch.randperm(17, generator=torch.Generator().manual_seed(3))
+    spread = torch.stack([order, torch.full_like(order, 99)], dim=1)[:, 0]
+    epoch(one, order, 4, backend=backend)
+    epoch(two, spread, 4, backend=backend)
+    assert torch.equal(one.weight, two.weight)
+
+
 def test_a_batch_may_be_larger_than_the_data(backend):
     problem = make_problem(seed=9, rows=6)
     losses, norms = epoch(problem, None, 10**12, backend=backend)

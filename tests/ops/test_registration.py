@@ -78,3 +78,24 @@ def test_schemas_declare_what_is_changed():
     for name in ("layer_forward", "layer_gradient"):
         schema = getattr(torch.ops.dante, name).default._schema
         assert all(a.alias_info is None for a in schema.arguments)
+
+
+def test_autograd_sees_that_a_weight_was_changed(backend):
+    """A graph that kept the old weight must refuse to run backward, not give a wrong gradient."""
+    problem = make_problem(seed=2, widths=(3,))
+    weight = torch.nn.Parameter(problem.weight.clone())
+    x = problem.x.clone().requires_grad_()
+    out = torch.nn.functional.linear(x, weight).square().sum()
+    ops.sngd_step_(weight.detach(), problem.bias, *problem.args[2:], 0.1, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_flat_operators_build_no_graph():
+    problem = make_problem(seed=3)
+    data, chain = flat(problem)
+    data[0] = torch.nn.Parameter(data[0])
+    loss, _ = torch.ops.dante.sngd_step_(*data, *chain, torch.tensor(0.1))
+    assert not loss.requires_grad
+    h = torch.ops.dante.layer_forward(problem.x, data[0], problem.bias, chain[2][:3])
+    assert not h.requires_grad

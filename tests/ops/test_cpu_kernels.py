@@ -1,0 +1,177 @@
+"""What is special to the C++ kernels: threads, chunks of rows, the Gram norm, instruction sets, every small size."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import assert_error_rule, make_problem, reference_gradient
+
+from dante_kernels import ops
+from dante_kernels.ops import Layer, backends
+
+REASON = backends.why_not("cpp", torch.device("cpu"), torch.float32)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"backend cpp: {REASON}")
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("batch_size", [20, 100, 600])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_number_of_threads_does_not_change_a_bit(threads, batch_size, momentum):
+    outcomes = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        for _ in range(3):  # a team that finds the cores busy goes on alone
+            problem = make_problem(seed=1, rows=1300, n_in=300, widths=(120, 40, 10))
+            velocity = (torch.zeros_like(problem.weight), torch.zeros_like(problem.bias)) if momentum else (None, None)
+            losses, norms = ops.sngd_epoch_(
+                *problem.args[:4], None, batch_size, *problem.args[4:], 0.1,
+                velocity_weight=velocity[0], velocity_bias=velocity[1], momentum=momentum, backend="cpp",
+            )  # fmt: skip
+            gradient = ops.layer_gradient(*problem.args, backend="cpp")
+            h = ops.layer_forward(problem.x, problem.weight, problem.bias, "tanh", backend="cpp")
+            parts = (losses, norms, problem.weight, problem.bias, *gradient, h)
+            outcomes.append(torch.cat([part.flatten() for part in parts]))
+    assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 255, 256, 257, 511, 512, 513, 769])
+def test_chunks_of_rows_join_without_a_seam(threads, rows):
+    threads(2)
+    problem = make_problem(seed=2, rows=rows, n_in=70, widths=(130, 9))
+    got = ops.layer_gradient(*problem.args, backend="cpp")
+    torch32, exact = (reference_gradient(problem, dtype) for dtype in (torch.float32, torch.float64))
+    for name, ours, theirs, truth in zip(("grad_weight", "grad_bias", "norm"), got, torch32, exact, strict=True):
+        assert_error_rule(f"{rows} rows: {name}", ours, theirs, truth)
+
+
+def small_batch(**more):
+    """A problem of 12 rows and 60 outputs, which takes its norm from Gram matrices."""
+    return make_problem(seed=3, rows=12, n_in=50, widths=(60, 4), class_indices=False, **more)
+
+
+def test_the_gram_norm_gives_way_where_its_terms_cancel():
+    """Equal rows with opposite residuals cancel to a gradient of zero, which products of Gram matrices would not see."""
+    problem = small_batch()
+    problem.suffix = []
+    problem.activation, problem.bias = problem.activation.IDENTITY, None
+    problem.x[6:] = problem.x[:6]
+    z = problem.x @ problem.weight.t()
+    problem.target = (z + torch.where(torch.arange(12) < 6, 1.0, -1.0)[:, None]).contiguous()
+    _, _, exact = ops.layer_gradient(*problem.to(torch.float64).args, backend="reference")
+    _, norm = ops.sngd_step_(*problem.args, 0.1, backend="cpp")
+    assert exact.item() < 1e-6
+    assert norm.item() < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e-8, 1e8, 1e18])
+def test_a_step_has_length_lr_at_any_scale_of_the_gradient(scale):
+    problem = small_batch()
+    problem.suffix, problem.activation = [], problem.activation.IDENTITY
+    problem.target = torch.rand(12, 60) * scale
+    problem.weight.zero_()
+    problem.bias.zero_()
+    before = torch.cat([problem.weight.flatten(), problem.bias])
+    _, norm = ops.sngd_step_(*problem.args, 0.5, backend="cpp")
+    after = torch.cat([problem.weight.flatten(), problem.bias])
+    assert norm.isfinite()
+    assert (after.double() - before.double()).norm().item() == pytest.approx(0.5, rel=1e-5)
+
+
+SIZES = """
+import torch
+from dante_kernels.ops import backends
+gradient = backends._load_cpp()[0].layer_gradient
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+worst = 0.0
+for n_in in range(1, 71):
+    for n_out in range(1, 71):
+        x = torch.randint(-3, 4, (70, n_in), generator=generator) / 2
+        t = torch.randint(-3, 4, (70, n_out), generator=generator) / 2
+        w = torch.randint(-2, 3, (n_out, n_in), generator=generator) / 2
+        d = (x @ w.t() - t).double()
+        # Small dyadic numbers: every sum is exact, so G of the first r rows is known to the last bit, up to its factor.
+        sums = torch.cumsum(d[:, :, None] * x[:, None, :].double(), 0)
+        for rows in range(1, 71):
+            target = t[:rows]
+            if n_out == 1 or rows % 7:
+                got, _, norm = gradient(w, None, x[:rows], target, [], [], [0.0, 1.0, 1.0], 0)
+            else:
+                got, _, norm = gradient(w, None, x[:rows], target.t().contiguous().t(), [], [], [0.0, 1.0, 1.0], 0)
+            expected = sums[rows - 1] * (2 / (rows * n_out))
+            error = (got.double() - expected).abs().max() / max(1e-9, expected.abs().max())
+            worst = max(worst, error.item())
+print(worst)
+"""
+
+
+@pytest.mark.parametrize("isa", ["", "generic"])
+def test_every_size_from_1_to_70_is_right(isa):
+    """All 343,000 combinations of rows, inputs and outputs, on the best instruction set and on the portable one."""
+    environment = os.environ | {"DANTE_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", SIZES], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) < 2e-6
+
+
+@pytest.mark.parametrize("isa", ["avx2", "generic"])
+def test_the_operator_tests_pass_on_every_instruction_set(isa):
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    environment = os.environ | {"DANTE_CPU_ISA": isa}
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-k", "cpp", "-p", "no:cacheprovider"]
+    command += ["tests/ops/test_operators.py", "tests/ops/test_promises.py"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    if "which this processor or build does not have" in done.stdout:
+        pytest.skip(f"this processor does not have {isa}")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def test_an_unknown_instruction_set_is_refused():
+    code = "import torch; from dante_kernels import ops; ops.layer_forward(torch.ones(1, 1), torch.ones(1, 1), None, 'relu')"
+    environment = os.environ | {"DANTE_CPU_ISA": "mmx"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "DANTE_CPU_ISA: expected avx512, avx2 or generic, got 'mmx'" in done.stderr
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other():
+    from concurrent.futures import ThreadPoolExecutor
+
+    def train(_):
+        problem = make_problem(seed=5, rows=400, n_in=200, widths=(100, 10))
+        ops.sngd_epoch_(*problem.args[:4], None, 50, *problem.args[4:], 0.1, backend="cpp")
+        return problem.weight
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(train, range(8)))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_a_suffix_layer_may_appear_twice():
+    problem = make_problem(seed=6, rows=9, n_in=8, widths=(5, 5, 5))
+    shared = problem.suffix[0]
+    problem.suffix = [shared, Layer(*shared)]
+    got = ops.layer_gradient(*problem.args, backend="cpp")
+    exact = reference_gradient(problem, torch.float64)
+    torch.testing.assert_close(got[0].double(), exact[0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_direct_call_checks_what_memory_safety_needs():
+    cpp = torch.ops.dante_cpp
+    problem = make_problem(seed=7, widths=(4,), class_indices=False)
+    rest = ([], [], [0.0, 1.0, 1.0], 0, torch.tensor(0.1), None, None, 0.0, False)
+    for order in (torch.tensor([0, 7]), torch.tensor([-1])):
+        with pytest.raises(RuntimeError, match="order: expected row numbers from 0 to 6"):
+            cpp.sngd_epoch_(problem.weight, problem.bias, problem.x, problem.target, order, 2, *rest)
+    with pytest.raises(RuntimeError, match="x: expected 5 columns"):
+        cpp.sngd_step_(problem.weight, problem.bias, problem.x[:, :4], problem.target, *rest)
+    with pytest.raises(RuntimeError, match="bias: expected 4 elements"):
+        cpp.sngd_step_(problem.weight, problem.bias[:3], problem.x, problem.target, *rest)
