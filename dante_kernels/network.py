@@ -61,6 +61,7 @@ def _reject(name: str, module: nn.Module, why: str) -> NoReturn:
 
 def _leaves(model: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
     """The modules of nested nn.Sequentials, in the order in which they run, with their names."""
+    _check_plain(path.removesuffix(".") or "model", model)
     found = []
     for name, module in model._modules.items():  # not named_children(), which leaves out a module that comes again
         if module is None:
@@ -69,6 +70,7 @@ def _leaves(model: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             found += _leaves(module, f"{full}.")
         else:
+            _check_plain(full, module)
             found.append((full, module))
     return found
 
@@ -93,10 +95,13 @@ def from_module(model: nn.Module, loss: str) -> Network:
         TypeError: where the model is no nn.Sequential, or its weights are neither float32 nor float64.
         ValueError: naming the first module that does not fit and where it sits.
     """
-    if not isinstance(model, nn.Sequential):
-        raise TypeError(f"model: expected an nn.Sequential, got {type(model).__name__}")
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
+        raise TypeError(f"model: expected an nn.Sequential, with nn.Sequential's forward, got {type(model).__name__}")
     leaves = _leaves(model)
-    flattens = bool(leaves) and isinstance(leaves[0][1], nn.Flatten) and leaves[0][1].start_dim == 1
+    first = leaves[0][1] if leaves else None
+    flattens = isinstance(first, nn.Flatten)
+    if isinstance(first, nn.Flatten) and (first.start_dim, first.end_dim) != (1, -1):
+        _reject(*leaves[0], "flattens other dimensions than all after the first")
     if flattens:
         leaves = leaves[1:]
     if len(leaves) > 1 and _is_part_of_loss(leaves[-1][1], loss):
@@ -104,7 +109,6 @@ def from_module(model: nn.Module, loss: str) -> Network:
     linears: list[tuple[str, nn.Linear]] = []
     chosen: list[Activation | None] = []
     for name, module in leaves:
-        _check_plain(name, module)
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             if linears and linears[-1][1].out_features != module.in_features:
                 _reject(name, module, f"takes {module.in_features} features, but {linears[-1][1].out_features} come")
@@ -136,8 +140,8 @@ def _check_plain(name: str, module: nn.Module) -> None:
     """Refuse a module whose call does more than its forward: hooks and parametrizations would be passed by."""
     if nn.utils.parametrize.is_parametrized(module) or "weight_g" in dict(module.named_parameters(recurse=False)):
         _reject(name, module, "is parametrized")
-    if module._forward_hooks or module._forward_pre_hooks:
-        _reject(name, module, "has forward hooks, which layer-wise training would not run")
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        _reject(name, module, "has forward hooks or a forward of its own, which layer-wise training would not run")
 
 
 def _check_unshared(linears: list[tuple[str, nn.Linear]]) -> None:

@@ -56,6 +56,24 @@ def hooked():
     return model
 
 
+def hooked_container():
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3)))
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+def hooked_model():
+    model = nn.Sequential(nn.Linear(3, 3))
+    model.register_forward_pre_hook(lambda *_: None)
+    return model
+
+
+def own_forward():
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].forward = lambda x: x
+    return model
+
+
 def parametrized():
     model = nn.Sequential(nn.Linear(3, 3))
     nn.utils.parametrizations.spectral_norm(model[0])
@@ -71,10 +89,14 @@ def parametrized():
         (nn.Sequential(nn.ReLU(), nn.Linear(3, 2)), r"'0' \(ReLU\) stands before the first nn.Linear"),
         (nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Tanh()), r"'2' \(Tanh\) is a second activation"),
         (nn.Sequential(nn.Linear(3, 2), nn.Softmax(dim=1)), r"'1' \(Softmax\)"),
+        (nn.Sequential(nn.Flatten(1, 2), nn.Linear(4, 3)), r"'0' \(Flatten\) flattens other dimensions"),
         (nn.Sequential(), "at least one nn.Linear"),
         (shared(), r"'2' \(Linear\) shares a parameter with '0'"),
         (half_frozen(), "frozen weight or bias"),
-        (hooked(), "has forward hooks"),
+        (hooked(), "'0' .*has forward hooks"),
+        (hooked_container(), "'0' .*has forward hooks"),
+        (hooked_model(), "'model' .*has forward hooks"),
+        (own_forward(), "'0' .*a forward of its own"),
         (parametrized(), "is parametrized"),
     ],
 )
@@ -90,8 +112,19 @@ def test_one_activation_module_may_stand_after_several_layers():
 
 
 def test_a_model_that_is_no_sequential_is_refused():
-    with pytest.raises(TypeError, match=r"model: expected an nn\.Sequential, got Linear"):
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Sequential, .*got Linear"):
         network.from_module(nn.Linear(2, 2), "mse")
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_refused():
+    class Doubled(nn.Sequential):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(TypeError, match=r"model: expected .*got Doubled"):
+        network.from_module(Doubled(nn.Linear(2, 2)), "mse")
+    with pytest.raises(ValueError, match=r"'0' \(Doubled\)"):
+        network.from_module(nn.Sequential(Doubled(nn.Linear(2, 2))), "mse")
 
 
 def test_a_leading_flatten_is_understood():

@@ -50,6 +50,13 @@ def sigmoid(z):
 
 
 @triton.jit
+def sigmoid_slope(z):
+    """sigmoid'(z) = e / (1 + e)^2 with e = exp(-|z|), which does not cancel where the sigmoid saturates."""
+    e = tl.exp(-tl.abs(z))
+    return divide(e, (1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def tanh(z):
     """tanh(z): an odd polynomial (Cephes' tanhf) below 0.625, where the exponential form would cancel."""
     s = z * z
@@ -72,12 +79,12 @@ def phi(z, low, high, KIND: tl.constexpr):
 
 
 @triton.jit
-def slope(z, h, low, high, KIND: tl.constexpr):
-    """The subgradient g(z), given h = phi(z); the generalized ReLU has low for z < 0 and high from 0 on."""
+def slope(z, low, high, KIND: tl.constexpr):
+    """The subgradient g(z); the generalized ReLU has low for z < 0 and high from 0 on."""
     if KIND == SIGMOID:
-        g = h * (1.0 - h)
+        g = sigmoid_slope(z)
     elif KIND == TANH:
-        g = 1.0 - h * h
+        g = 4.0 * sigmoid_slope(2.0 * z)
     else:
         g = tl.where(z < 0, tl.zeros_like(z) + low, tl.zeros_like(z) + high)
     return g

@@ -37,7 +37,7 @@ def softmax_tile(h, t, m_column, scale):
     total = tl.sum(e, axis=1)[:, None]
     p = tl.div_rn(e, tl.zeros_like(e) + total)
     mass = tl.sum(t, axis=1)[:, None]
-    entropy = tl.where(m_column[None, :], t * (log_of_sum(total) - shifted), 0.0)
+    entropy = tl.where(m_column[None, :] & (t != 0), t * (log_of_sum(total) - shifted), 0.0)
     return (p * mass - t) * scale, entropy
 
 
@@ -105,7 +105,7 @@ def product(
             z = tl.where(exists[:, None], z, float("nan"))
         h = phi(z, low, high, KIND)
         if EPILOGUE == _LAST:
-            g = slope(z, h, low, high, KIND)
+            g = slope(z, low, high, KIND)
             t = target_tile(p_target, x_row, m_x, column, m_column, stride_tr, stride_tc, n, CLASSES)
             if LOSS == CROSS_ENTROPY:
                 d, value = softmax_tile(h, t, m_column, scale)
@@ -118,7 +118,7 @@ def product(
         else:
             tl.store(p_out + p_tile, h, mask=m_tile)
             if p_slope is not None:
-                tl.store(p_slope + p_tile, slope(z, h, low, high, KIND), mask=m_tile)
+                tl.store(p_slope + p_tile, slope(z, low, high, KIND), mask=m_tile)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -150,7 +150,8 @@ def softmax_rows(
         new_peak = tl.maximum(peak, tl.max(h, axis=1))
         # Before the first finite value the peak is -inf, and -inf - -inf would be NaN.
         shrink = tl.where(peak == new_peak, 1.0, tl.exp(peak - new_peak))
-        total = total * shrink + tl.sum(tl.exp(h - new_peak[:, None]), axis=1)
+        finite_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        total = total * shrink + tl.sum(tl.exp(h - finite_peak[:, None]), axis=1)
         mass += tl.sum(t, axis=1)
         peak = new_peak
 
@@ -163,6 +164,6 @@ def softmax_rows(
         t = target_tile(p_target, x_row, m_x, column, column < n, stride_tr, stride_tc, n, CLASSES)
         shifted = h - peak[:, None]
         p = tl.div_rn(tl.exp(shifted), tl.zeros_like(shifted) + total[:, None])
-        acc_loss += tl.where(m_tile, t * (log_of_sum(total)[:, None] - shifted), 0.0)
+        acc_loss += tl.where(m_tile & (t != 0), t * (log_of_sum(total)[:, None] - shifted), 0.0)
         tl.store(p_h + row + column[None, :], (p * mass[:, None] - t) * scale * g, mask=m_tile)
     tl.store(p_loss + position, tl.sum(acc_loss, axis=1), mask=m_row)

@@ -45,14 +45,10 @@ def _largest(wanted: int, precision: str, x_dtype: torch.dtype) -> int:
     """The larger side of a tile that reads x.
 
     Where an operand was widened from bfloat16, Triton 3.7 for sm_100 computes an ieee dot of 64 rows or more as tf32,
-    which would round the other, float32 operand; and on sm_90 such a dot spills. Tiles of 32 do neither.
+    which would round the other, float32 operand; and on sm_90 such a dot spills. Tiles of 32 do neither. The inner
+    block stays what it is for float32 x, so that equal values give equal bits.
     """
     return min(wanted, 32) if precision == "ieee" and x_dtype != torch.float32 else wanted
-
-
-def _inner(largest: int, precision: str) -> int:
-    """The inner dimension's block: an ieee dot of 64 x 64 x 32 spills under Triton 3.9 on sm_80."""
-    return 16 if precision == "ieee" and largest == 64 else 32
 
 
 def step_product(n_out: int, n_in: int) -> Tiles:
@@ -68,15 +64,18 @@ def forward_product(n_out: int, n_in: int, x_dtype: torch.dtype) -> Tiles:
     """Tiles of `layer_forward`, which mostly sees many rows at once."""
     precision = _precision(n_out * n_in >= LARGE_WEIGHT)
     largest = _largest(64, precision, x_dtype)
-    return Tiles(largest, _power_of_two(n_out, 16, largest), _inner(largest, precision), precision, 4, 3)
+    return Tiles(largest, _power_of_two(n_out, 16, largest), 16 if precision == "ieee" else 32, precision, 4, 3)
 
 
 def gradient_product(n_out: int, n_in: int, x_dtype: torch.dtype) -> Tiles:
     """Tiles of G = D^T X: rows are outputs, columns inputs, the inner dimension the mini-batch."""
     precision = _precision(n_out * n_in >= LARGE_WEIGHT)
-    largest = _largest(64 if n_out * n_in >= LARGE_GRADIENT else 32, precision, x_dtype)
-    inner = _inner(largest, precision)
-    return Tiles(_power_of_two(n_out, 16, largest), _power_of_two(n_in, 16, largest), inner, precision, 4, 3)
+    wanted = 64 if n_out * n_in >= LARGE_GRADIENT else 32
+    largest = _largest(wanted, precision, x_dtype)
+    # With 4 warps some ieee specialization of the large tile spills under Triton 3.6 or 3.9.
+    num_warps = 8 if precision == "ieee" and largest == 64 else 4
+    inner = 16 if precision == "ieee" and wanted == 64 else 32
+    return Tiles(_power_of_two(n_out, 16, largest), _power_of_two(n_in, 16, largest), inner, precision, num_warps, 3)
 
 
 # The update: tile, warps, and the most programs. Every program adds up all partial sums of the norm, so more programs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from .problem import Problem
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-FORMAT = 1
+MAGIC = b"dante_kernels checkpoint 1\n"  # then the SHA-256 of the rest, which is torch.save's
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Position:
     round: int = 0
     objective: float | None = None
     problem: Problem | None = None
+    trained: bool = True  # False where a phase was passed over, all of whose layers are frozen
 
 
 class File:
@@ -38,7 +41,7 @@ class File:
     """
 
     def __init__(self, path: str | os.PathLike[str], fingerprint: dict[str, str]) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.realpath(path))  # a link stays a link
         self.fingerprint = fingerprint
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"checkpoint: expected a file in an existing folder, got {str(self.path)!r}")
@@ -53,13 +56,14 @@ class File:
         """
         if not self.path.exists():
             return None
-        try:
-            saved = torch.load(self.path, map_location=trainer.device, weights_only=True)
-            theirs = saved["fingerprint"] if saved["format"] == FORMAT else None
-        except Exception as error:
-            raise ValueError(f"checkpoint: {str(self.path)!r} is not a readable checkpoint: {error}") from error
+        content = self.path.read_bytes()
+        digest, rest = content[len(MAGIC) : len(MAGIC) + 32], content[len(MAGIC) + 32 :]
+        if not content.startswith(MAGIC) or hashlib.sha256(rest).digest() != digest:
+            raise ValueError(f"checkpoint: {str(self.path)!r} is not a readable checkpoint: it is damaged, or something else")
+        saved = torch.load(io.BytesIO(rest), map_location=trainer.device, weights_only=True)
+        theirs = saved["fingerprint"]
         if theirs != self.fingerprint:
-            names = [name for name in self.fingerprint if theirs is None or theirs.get(name) != self.fingerprint[name]]
+            names = [name for name in self.fingerprint if theirs.get(name) != self.fingerprint[name]]
             raise ValueError(
                 f"checkpoint: {str(self.path)!r} belongs to another run, which differs in {', '.join(names)}; "
                 "give another file, or remove it to start anew"
@@ -72,17 +76,21 @@ class File:
     def save(self, trainer: Trainer, at: Position) -> None:
         """Write the trainer's state to a temporary file beside the checkpoint, then put it in its place."""
         content: dict[str, Any] = {
-            "format": FORMAT,
             "fingerprint": self.fingerprint,
             "state": trainer.state(),
             "history": trainer.history.to_dict(),
             "position": [at.phase, at.round, at.objective],
         }
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(content, file)
-            os.replace(name, self.path)
+            with open(temporary, "wb") as file:
+                file.write(MAGIC + hashlib.sha256(buffer.getbuffer()).digest() + buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
         except BaseException:
-            os.unlink(name)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
             raise

@@ -10,7 +10,9 @@ from ..network import Network
 from .problem import RowStream
 
 
-def epoch(network: Network, x: Tensor, target: Tensor, stream: RowStream, *, loss: str, lr: float) -> tuple[Tensor, int]:
+def epoch(
+    network: Network, x: Tensor, target: Tensor, stream: RowStream, *, loss: str, lr: float, steps: int | None = None
+) -> tuple[Tensor, Tensor]:
     """One pass of plain mini-batch SGD over all trainable layers at once, in place.
 
     Args:
@@ -20,14 +22,14 @@ def epoch(network: Network, x: Tensor, target: Tensor, stream: RowStream, *, los
         stream: gives the rows of each mini-batch.
         loss: the loss's name.
         lr: learning rate.
+        steps: mini-batches; None for a whole pass.
 
     Returns:
-        (mean over the steps of the loss before the step, on the device; number of steps).
+        (losses, norms), each (steps,) on the device: the loss before each step, and the norm of its whole gradient.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
-    steps = -(-stream.rows // stream.batch_size)
-    values = []
-    for _ in range(steps):
+    values, norms = [x.new_empty(0, dtype=parameters[0].dtype)], [x.new_empty(0, dtype=parameters[0].dtype)]
+    for _ in range(-(-stream.rows // stream.batch_size) if steps is None else steps):
         (rows,) = stream.take(1)
         h = x[rows].to(parameters[0].dtype)
         with torch.enable_grad():
@@ -36,5 +38,6 @@ def epoch(network: Network, x: Tensor, target: Tensor, stream: RowStream, *, los
             value = losses.value(losses.code(loss), h, losses.as_values(target[rows], h.shape[1], h.dtype))
             gradients = torch.autograd.grad(value, parameters)
         torch._foreach_add_([p.detach() for p in parameters], gradients, alpha=-lr)
-        values.append(value.detach())
-    return torch.stack(values).mean(), steps
+        values.append(value.detach()[None])
+        norms.append(torch.stack(torch._foreach_norm(gradients)).norm()[None])
+    return torch.cat(values), torch.cat(norms)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import losses, network
 from ..network import Network
+from ..ops.checks import backend_name, number
 from . import checkpoint as checkpoints
 from .history import History
 from .schedules import RoundRobin, Schedule
@@ -63,8 +65,8 @@ def fit(
         loss: ``"mse"``, ``"cross_entropy"`` (the output as logits, or a last nn.Softmax or nn.LogSoftmax) or
             ``"binary_cross_entropy"`` (logits, or a last nn.Sigmoid); means as in torch.
         schedule: `Alternating`, `RoundRobin` or `StackedAutoencoder`; RoundRobin(rounds=12) where none is given.
-        lr: the length of a step in weight space: a number, one per layer, or a callable of the round (from 0, within its
-            phase).
+        lr: the length of a step in weight space: a number, one per layer, or a callable that gives either for a round
+            (from 0, within its phase). Callables are called for all rounds before training starts.
         relative_lr: the step's length is lr times the Frobenius norm of the layer (weight and bias) at its block's start.
         lr_schedule: ``"constant"``; ``"cosine"``, which multiplies lr in round r of R by (1 + cos(pi r / R)) / 2; or a
             callable of (r, R) that gives the factor.
@@ -82,18 +84,21 @@ def fit(
         callbacks: called with the `History` after every round; one that returns True ends training.
         progress: print a line to stderr after every round.
         checkpoint: a file, written after every round. Where it exists already, training goes on from it, bit for bit as
-            if it had not been interrupted; it must come from the same settings, model shape and amount of data.
+            if it had not been interrupted; it must come from the same settings, kind of model and data.
         stop_epsilon: end a phase when a round changes the objective, the loss over all training rows, by less than this
             and the schedule's ``min_rounds`` are done (Algorithm 2).
         prefix_budget: bytes that the kept activations of the frozen layers before the active one may take. Beyond it they
             are computed anew for the rows of each block; the result is the same.
 
     Returns:
-        The `History`: records per block and per round.
+        The `History`: records per block and per round. Interrupted from outside, such as by Ctrl-C, the model keeps the
+        weights of the last finished block; a checkpoint those of the last finished round.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came; the model is unchanged then.
-        NonFiniteError: where a gradient is not finite: names layer, round and step; the weights are those before it.
+        OSError: where the checkpoint's folder is not there or cannot be written to.
+        NonFiniteError: where a gradient is not finite: names layer, round and step, all counted from 0; the weights are
+            those before it.
 
     Source: Algorithms 1 to 3 of the 2020 DANTE paper.
 
@@ -106,25 +111,35 @@ def fit(
     """
     losses.code(loss)
     schedule = RoundRobin() if schedule is None else schedule
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule: expected a Schedule such as RoundRobin(rounds=12), got {schedule!r}")
+    net = network.from_module(model, loss)
+    rates = _rates(lr, lr_schedule, schedule.rounds, len(net.layers))
+    batch_size = _whole("batch_size", batch_size, low=1)
     settings = Settings(
         loss=loss,
         schedule=schedule,
-        lr=lr,
-        relative_lr=relative_lr,
-        lr_schedule=lr_schedule,
+        rates=rates,
+        relative_lr=bool(relative_lr),
         batch_size=batch_size,
-        momentum=momentum,
-        reset_momentum=reset_momentum,
+        momentum=number("momentum", momentum),
+        reset_momentum=bool(reset_momentum),
         nesterov=direction == "nesterov",
         shuffle=shuffle,
-        seed=seed,
-        backend=backend,
-        stop_epsilon=stop_epsilon,
-        prefix_budget=prefix_budget,
+        seed=None if seed is None else _whole("seed", seed, low=0, high=2**63 - 1),
+        backend=backend_name(backend),
+        stop_epsilon=None if stop_epsilon is None else number("stop_epsilon", stop_epsilon),
+        prefix_budget=_whole("prefix_budget", prefix_budget, low=0),
     )
-    net = network.from_module(model, loss)
-    _check_settings(settings, direction, precision, len(net.layers))
-    to = None if device is None else torch.device(device)
+    _check_settings(settings, direction, precision)
+    to = None if device is None else _device(device)
+    callbacks = _callbacks(callbacks)
+    if loss == "cross_entropy" and net.n_out == 1:
+        raise ValueError("loss: cross_entropy needs at least 2 outputs, the model has 1; use binary_cross_entropy")
+    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+        raise TypeError(f"checkpoint: expected a path, got {type(checkpoint).__name__}")
+    if not isinstance(shuffle, bool):
+        raise TypeError(f"shuffle: expected True or False, got {shuffle!r}")
     inputs = _inputs("x", x, net, to)
     target, _ = _target("y", y, inputs, net, to)
     if any(phase.autoencodes for phase in schedule.phases(net.widths)):
@@ -138,7 +153,10 @@ def fit(
         x_held_out = _inputs("validation[0]", validation[0], net, to)
         y_held_out, classes = _target("validation[1]", validation[1], x_held_out, net, to)
         held_out = (x_held_out, _as_float(x_held_out, net) if y_held_out is None else y_held_out, classes)
-    file = None if checkpoint is None else checkpoints.File(checkpoint, _fingerprint(settings, direction, net, inputs, target))
+    file = None
+    if checkpoint is not None:
+        effective = precision or torch.get_float32_matmul_precision()
+        file = checkpoints.File(checkpoint, _fingerprint(settings, effective, net, inputs, target))
     if to is not None:
         model.to(to)
         net = network.from_module(model, loss)
@@ -151,39 +169,78 @@ def _as_float(x: Tensor, net: Network) -> Tensor:
     return x.to(net.layers[0].weight.dtype)
 
 
-def _check_settings(settings: Settings, direction: str, precision: str | None, layers: int) -> None:
-    if not isinstance(settings.schedule, Schedule):
-        raise TypeError(f"schedule: expected a Schedule such as RoundRobin(rounds=12), got {settings.schedule!r}")
+def _rates(lr: LearningRate, lr_schedule: str | Callable[[int, int], float], rounds: int, layers: int) -> list[list[float]]:
+    """The learning rate of every round of a phase and every layer, all checked before anything is trained."""
+    if not callable(lr_schedule) and lr_schedule not in LR_SCHEDULES:
+        raise ValueError(
+            f"lr_schedule: expected {' or '.join(LR_SCHEDULES)} or a callable of (round, rounds), got {lr_schedule!r}"
+        )
+    table = []
+    for round_ in range(rounds):
+        given: Any = lr(round_) if callable(lr) else lr
+        in_round = f" in round {round_}" if callable(lr) else ""
+        if isinstance(given, Tensor):
+            given = given.tolist()
+        rates = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * layers
+        if len(rates) != layers:
+            raise ValueError(f"lr: expected a number or one for each of {layers} layers{in_round}, got {len(rates)}")
+        rates = [number("lr", rate) for rate in rates]
+        for rate in rates:
+            if not (math.isfinite(rate) and rate > 0):
+                raise ValueError(f"lr: expected a finite number above 0{in_round}, got {rate}")
+        if callable(lr_schedule):
+            factor = number("lr_schedule", lr_schedule(round_, rounds))
+            if not (math.isfinite(factor) and factor >= 0):
+                raise ValueError(f"lr_schedule: expected a finite factor of 0 or more in round {round_}, got {factor}")
+        else:
+            factor = (1 + math.cos(math.pi * round_ / rounds)) / 2 if lr_schedule == "cosine" else 1.0
+        table.append([rate * factor for rate in rates])
+    return table
+
+
+def _whole(name: str, value: Any, *, low: int, high: int | None = None) -> int:
+    """A whole number, of Python's or numpy's types, within its bounds."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    whole = int(value)
+    if whole < low or (high is not None and whole > high):
+        raise ValueError(f"{name}: expected {f'at least {low}' if high is None else f'{low} to {high}'}, got {whole}")
+    return whole
+
+
+def _device(value: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected one such as 'cpu' or 'cuda', got {value!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected a CPU or CUDA device, got {str(device)!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {str(device)!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _callbacks(value: Any) -> list[Callback]:
+    if not isinstance(value, Iterable):
+        raise TypeError(f"callbacks: expected a list of callables, got {type(value).__name__}")
+    callbacks = list(value)
+    for callback in callbacks:
+        if not callable(callback):
+            raise TypeError(f"callbacks: expected callables, got {type(callback).__name__}")
+    return callbacks
+
+
+def _check_settings(settings: Settings, direction: str, precision: str | None) -> None:
     if direction not in DIRECTIONS:
         raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if not callable(settings.lr_schedule) and settings.lr_schedule not in LR_SCHEDULES:
-        raise ValueError(
-            f"lr_schedule: expected {' or '.join(LR_SCHEDULES)} or a callable of (round, rounds), got {settings.lr_schedule!r}"
-        )
-    if isinstance(settings.batch_size, bool) or not isinstance(settings.batch_size, int):
-        raise TypeError(f"batch_size: expected a whole number, got {settings.batch_size!r}")
-    if settings.batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {settings.batch_size}")
     if not 0 <= settings.momentum < 1:
         raise ValueError(f"momentum: expected a number from 0 to below 1, got {settings.momentum}")
     if settings.nesterov and settings.momentum == 0:
         raise ValueError("direction: 'nesterov' needs a momentum above 0, got momentum=0")
     if settings.stop_epsilon is not None and not settings.stop_epsilon > 0:
         raise ValueError(f"stop_epsilon: expected a number above 0, got {settings.stop_epsilon}")
-    if settings.prefix_budget < 0:
-        raise ValueError(f"prefix_budget: expected a number of bytes, 0 or more, got {settings.prefix_budget}")
-    if not callable(settings.lr):
-        one = isinstance(settings.lr, int | float | str)
-        rates = [settings.lr] if one else list(settings.lr)  # type: ignore[arg-type]
-        if not one and len(rates) != layers:
-            raise ValueError(f"lr: expected a number or one for each of {layers} layers, got {len(rates)}")
-        for rate in rates:
-            if isinstance(rate, bool) or not isinstance(rate, int | float):
-                raise TypeError(f"lr: expected a number, one per layer, or a callable of the round, got {settings.lr!r}")
-            if not (math.isfinite(rate) and rate > 0):
-                raise ValueError(f"lr: expected a finite number above 0, got {rate}")
 
 
 def _tensor(name: str, value: Any) -> Tensor:
@@ -215,7 +272,10 @@ def _inputs(name: str, value: Any, net: Network, device: torch.device | None) ->
         raise ValueError(f"{name}: expected at least one row, got none")
     if x.dtype != dtype and not (dtype == torch.float32 and x.dtype == torch.bfloat16):
         narrow = " or torch.bfloat16" if dtype == torch.float32 else ""
-        raise TypeError(f"{name}: expected {dtype}{narrow}, as the model's weights are {dtype}, got {x.dtype}")
+        raise TypeError(
+            f"{name}: expected {dtype}{narrow}, as the model's weights are {dtype}, got {x.dtype}; convert it, "
+            f"such as by torch.as_tensor(x, dtype={dtype})"
+        )
     return _place(name, x, net, device)
 
 
@@ -235,33 +295,40 @@ def _target(name: str, value: Any, x: Tensor, net: Network, device: torch.device
             y = y[:, 0]
         if y.shape != (rows,):
             raise ValueError(f"{name}: expected {rows} class indices, one for each row of x, got shape {tuple(y.shape)}")
+        y = y.to(torch.int64)
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= max(n_out, 2):
             raise ValueError(f"{name}: expected class indices from 0 to {max(n_out, 2) - 1}, got {low} to {high}")
         y = _place(name, y, net, device)
-        return (y.to(torch.int64), True) if n_out > 1 else (y[:, None].to(dtype), True)
+        return (y, True) if n_out > 1 else (y[:, None].to(dtype), True)
     if y.dim() == 1 and n_out == 1:
         y = y[:, None]
     if y.shape != (rows, n_out):
         raise ValueError(f"{name}: expected values of shape ({rows}, {n_out}) or {rows} class indices, got {tuple(y.shape)}")
+    if y.dtype == torch.bfloat16 and dtype == torch.float32:
+        y = y.to(dtype)
     if y.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, the model's dtype, or integer class indices, got {y.dtype}")
     return _place(name, y, net, device), False
 
 
-def _fingerprint(settings: Settings, direction: str, net: Network, x: Tensor, target: Tensor | None) -> dict[str, str]:
-    """What must be the same for a checkpoint to be gone on from. A callable counts by its name."""
+def _fingerprint(settings: Settings, precision: str, net: Network, x: Tensor, target: Tensor | None) -> dict[str, str]:
+    """What must be the same for a checkpoint to be gone on from: settings, model, and sums over the data in its order."""
 
-    def name(value: Any) -> str:
-        return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else repr(value)
+    def digest(tensor: Tensor) -> str:
+        rows = tensor.flatten(1).sum(dim=1, dtype=torch.float64) if tensor.dim() > 1 else tensor.double()
+        place = torch.arange(1, len(rows) + 1, dtype=torch.float64, device=rows.device)
+        return repr((tuple(tensor.shape), str(tensor.dtype), rows.sum().item(), (rows * place).sum().item()))
 
     chain = [(tuple(w.shape), b is not None, str(phi), str(w.dtype)) for w, b, phi in net.layers]
+    names = {"rates": "lr or lr_schedule", "nesterov": "direction"}
     return {
-        **{key: name(value) for key, value in vars(settings).items()},
-        "direction": direction,
+        **{names.get(key, key): repr(value) for key, value in vars(settings).items() if key != "prefix_budget"},
+        "precision": precision,
         "model": repr(chain),
-        "x": repr((tuple(x.shape), str(x.dtype))),
-        "y": "x" if target is None else repr((tuple(target.shape), str(target.dtype))),
+        "which layers are frozen": repr(net.trainable),
+        "x": digest(x),
+        "y": "x" if target is None else digest(target),
     }
 
 

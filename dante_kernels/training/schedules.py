@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 
@@ -41,7 +42,7 @@ class Schedule:
         finetune_lr: their learning rate, constant.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError, TypeError: naming the argument, what was expected and what came.
     """
 
     rounds: int = 12
@@ -56,13 +57,15 @@ class Schedule:
             value = getattr(self, name)
             if value is None and name == "inner_steps":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
                 raise TypeError(f"{name}: expected a whole number, got {value!r}")
             if value < low:
                 raise ValueError(f"{name}: expected at least {low}, got {value}")
         for name in ("inner_epochs", "finetune_lr"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
+            if value is not None and not (math.isfinite(value) and float(value) > 0):
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
 
     def blocks(self, steps_per_pass: int) -> list[int]:
@@ -82,7 +85,8 @@ class Alternating(Schedule):
     """Algorithm 2 of the 2020 paper: one hidden layer; in each round the outer layer W2 first, then W1.
 
     Give `fit` a ``stop_epsilon`` for the algorithm's stopping rule: it ends when a round changes the objective by less
-    than epsilon and at least ``min_rounds`` (T_AM) rounds are done. Arguments are those of `Schedule`.
+    than epsilon and at least ``min_rounds`` (T_AM) rounds are done. Arguments and errors are
+    those of `Schedule`; `fit` raises ValueError for a model without exactly one hidden layer.
     """
 
     def phases(self, widths: list[int]) -> list[Phase]:
@@ -95,7 +99,12 @@ class Alternating(Schedule):
 
 
 class RoundRobin(Schedule):
-    """Every layer in network order, over and over: the multi-layer form of the 2020 paper. Arguments are `Schedule`'s."""
+    """Every layer in network order, over and over.
+
+    Arguments and errors are those of `Schedule`.
+
+    Source: section 3.5 of the 2020 paper, which trains multi-layer networks so.
+    """
 
     def phases(self, widths: list[int]) -> list[Phase]:
         """One phase over all layers."""
@@ -114,7 +123,8 @@ class StackedAutoencoder(Schedule):
     Args:
         whole_network: train each pair inside the whole network.
 
-    The other arguments are those of `Schedule`; ``rounds`` counts for each pair.
+    The other arguments and the errors are those of `Schedule`; ``rounds`` counts for each pair. `fit` raises ValueError
+    for a model that is no such autoencoder.
     """
 
     whole_network: bool = False

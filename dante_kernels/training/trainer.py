@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from .history import BlockRecord, History, RoundRecord
 from .problem import Problem, RowStream, evaluate
 from .schedules import Phase, Schedule
 
-LearningRate = float | Sequence[float] | Callable[[int], float]
+LearningRate = float | Sequence[float] | Callable[[int], float | Sequence[float]]
 Callback = Callable[[History], Any]
 
 
@@ -36,9 +35,8 @@ class Settings:
 
     loss: str
     schedule: Schedule
-    lr: LearningRate
+    rates: list[list[float]]  # by round within a phase, then by layer
     relative_lr: bool
-    lr_schedule: str | Callable[[int, int], float]
     batch_size: int
     momentum: float
     reset_momentum: bool
@@ -48,20 +46,6 @@ class Settings:
     backend: str
     stop_epsilon: float | None
     prefix_budget: int
-
-    def rates(self, round_: int, layers: int) -> list[float]:
-        """The learning rate of each layer in a round, counted from 0 within its phase."""
-        rounds = self.schedule.rounds
-        if callable(self.lr_schedule):
-            factor = self.lr_schedule(round_, rounds)
-        else:
-            factor = (1 + math.cos(math.pi * round_ / rounds)) / 2 if self.lr_schedule == "cosine" else 1.0
-        lr = self.lr(round_) if callable(self.lr) else self.lr
-        rates = [lr] * layers if isinstance(lr, int | float) else list(lr)
-        for rate in rates:
-            if not (math.isfinite(rate * factor) and rate * factor > 0):
-                raise ValueError(f"lr: expected a finite number above 0 in round {round_}, got {rate * factor}")
-        return [rate * factor for rate in rates]
 
 
 @dataclass
@@ -148,10 +132,12 @@ class Trainer:
             if at.phase == len(phases):
                 if at.round == schedule.finetune_epochs:
                     break
-                self._finetune_epoch()
+                self._finetune_epoch(at.round)
                 at.round += 1
             else:
                 at = self._next_round(phases, at)
+                if not at.trained:
+                    continue
             stop = False
             for callback in callbacks:
                 stop |= callback(self.history) is True
@@ -165,7 +151,9 @@ class Trainer:
     def _next_round(self, phases: list[Phase], at: checkpoint.Position) -> checkpoint.Position:
         """Train one round, record it, and say where training goes on."""
         phase = phases[at.phase]
-        rates = self.settings.rates(at.round, len(self.network.layers))
+        if not any(self.network.trainable[layer] for layer in phase.order):
+            return checkpoint.Position(phase=at.phase + 1, trained=False)
+        rates = self.settings.rates[at.round]
         stop = _stopwatch(self.device)
         encoder = [self.network.layers[i] for i in phase.encoder]
         if at.problem is None:
@@ -292,22 +280,31 @@ class Trainer:
             total += float(value) * x.shape[0]
         return total / self.x.shape[0]
 
-    def _finetune_epoch(self) -> None:
+    def _finetune_epoch(self, number: int) -> None:
+        settings, before = self.settings, self.state()
         stop = _stopwatch(self.device)
-        loss, updates = finetune.epoch(
-            self.network,
-            self.x,
-            self.target,
-            self.streams[-1],
-            loss=self.settings.loss,
-            lr=self.settings.schedule.finetune_lr,
-        )
+
+        def train(steps: int | None) -> tuple[Tensor, Tensor]:
+            return finetune.epoch(
+                self.network, self.x, self.target, self.streams[-1], loss=settings.loss, lr=settings.schedule.finetune_lr,
+                steps=steps,
+            )  # fmt: skip
+
+        values, norms = train(None)
         seconds = stop()
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError("fine-tuning: the loss is no longer finite; lower finetune_lr", self.history)
+        bad = (~torch.isfinite(norms)).nonzero()
+        if len(bad):
+            step = int(bad[0])
+            self.restore(before)
+            train(step)
+            raise NonFiniteError(
+                f"all layers, fine-tuning epoch {number}, step {step}: the gradient's norm is {float(norms[step])}; "
+                "look for NaN or infinity in x and y, or lower finetune_lr. The weights are those before that step.",
+                self.history,
+            )
         parameters = (p for p in self.network.parameters() if p.requires_grad)
-        self.weights_updated += updates * sum(p.numel() for p in parameters)
-        self._record_round(-1, float(loss), updates, seconds())
+        self.weights_updated += len(values) * sum(p.numel() for p in parameters)
+        self._record_round(-1, float(values.mean()), len(values), seconds())
 
     def _raise_non_finite(
         self,

@@ -58,7 +58,8 @@ def test_a_finished_run_is_given_back_without_training(tmp_path):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"lr": 0.3}, "lr"),
+        ({"lr": 0.3}, "lr or lr_schedule"),
+        ({"lr": lambda _: 0.2}, "lr or lr_schedule"),
         ({"seed": 8}, "seed"),
         ({"momentum": 0.5}, "momentum"),
         ({"schedule": dk.RoundRobin(rounds=9)}, "schedule"),
@@ -71,10 +72,33 @@ def test_another_runs_checkpoint_is_refused_and_kept(tmp_path, change, name):
     content = path.read_bytes()
     model = net(6, 5, 3)
     before = weights(model)
-    with pytest.raises(ValueError, match=f"checkpoint: .* belongs to another run, which differs in {name}; "):
+    with pytest.raises(ValueError, match=f"checkpoint: .* belongs to another run, which differs in .*{name}"):
         dk.fit(model, x, y, **{"schedule": dk.RoundRobin(rounds=1), "checkpoint": path, **change})
     assert path.read_bytes() == content
     assert torch.equal(weights(model), before)
+
+
+def test_a_checkpoint_of_other_data_or_frozen_layers_is_refused(tmp_path):
+    x, y = blobs()
+    common = {"schedule": dk.RoundRobin(rounds=1), "checkpoint": tmp_path / "run.pt"}
+    dk.fit(net(6, 5, 3), x, y, **common)
+    with pytest.raises(ValueError, match="differs in x;"):
+        dk.fit(net(6, 5, 3), x.flip(0), y, **common)
+    with pytest.raises(ValueError, match="differs in y;"):
+        dk.fit(net(6, 5, 3), x, (y + 1) % 3, **common)
+    frozen = net(6, 5, 3)
+    frozen[0].requires_grad_(False)
+    before = frozen[0].weight.clone()
+    with pytest.raises(ValueError, match="differs in which layers are frozen"):
+        dk.fit(frozen, x, y, **common)
+    assert torch.equal(frozen[0].weight, before)
+
+
+def test_another_budget_does_not_make_another_run(tmp_path):
+    x, y = blobs()
+    common = {"schedule": dk.RoundRobin(rounds=1), "checkpoint": tmp_path / "run.pt"}
+    dk.fit(net(6, 5, 3), x, y, **common)
+    assert len(dk.fit(net(6, 5, 3), x, y, prefix_budget=0, **common).rounds) == 1
 
 
 @pytest.mark.parametrize("model", [net(6, 4, 3), net(6, 5, 3, activation=nn.ReLU)])
@@ -94,6 +118,34 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_kept(tmp_path, content):
     with pytest.raises(ValueError, match=r"checkpoint: .*thesis\.pt' is not a readable checkpoint"):
         dk.fit(net(6, 5, 3), x, y, checkpoint=path)
     assert path.read_bytes() == content
+
+
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path):
+    x, y = blobs()
+    path = tmp_path / "run.pt"
+    dk.fit(net(6, 5, 3), x, y, schedule=dk.RoundRobin(rounds=1), checkpoint=path)
+    content = bytearray(path.read_bytes())
+    for place in range(0, len(content), len(content) // 40):
+        damaged = bytearray(content)
+        damaged[place] ^= 16
+        path.write_bytes(damaged)
+        model = net(6, 5, 3)
+        before = weights(model)
+        with pytest.raises(ValueError, match="is not a readable checkpoint"):
+            dk.fit(model, x, y, schedule=dk.RoundRobin(rounds=1), checkpoint=path)
+        assert torch.equal(weights(model), before)
+
+
+def test_a_checkpoint_may_be_a_link_and_others_may_read_it(tmp_path):
+    x, y = blobs()
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "run.pt"
+    link.symlink_to(tmp_path / "disk" / "real.pt")
+    dk.fit(net(6, 5, 3), x, y, schedule=dk.RoundRobin(rounds=1), checkpoint=link)
+    assert link.is_symlink()
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert (tmp_path / "disk" / "real.pt").stat().st_mode == plain.stat().st_mode
 
 
 def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):

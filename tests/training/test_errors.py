@@ -44,7 +44,24 @@ X, Y = blobs()
         ({"precision": "low"}, ValueError, "precision: expected one of highest, high, medium, got 'low'"),
         ({"backend": "abacus"}, ValueError, "backend: expected auto or one of"),
         ({"stop_epsilon": 0}, ValueError, "stop_epsilon: expected a number above 0, got 0"),
-        ({"prefix_budget": -1}, ValueError, "prefix_budget: expected a number of bytes"),
+        ({"prefix_budget": -1}, ValueError, "prefix_budget: expected at least 0, got -1"),
+        ({"lr": lambda r: [0.1]}, ValueError, "lr: expected a number or one for each of 2 layers in round 0, got 1"),
+        ({"lr": lambda r: 0.1 * (1 - r)}, ValueError, "lr: expected a finite number above 0 in round 1, got 0"),
+        ({"lr": None}, TypeError, "lr: expected a number, got NoneType"),
+        ({"lr_schedule": lambda r, rounds: -1}, ValueError, "lr_schedule: expected a finite factor of 0 or more in round 0"),
+        ({"lr_schedule": lambda r, rounds: "x"}, TypeError, "lr_schedule: expected a number, got str"),
+        ({"momentum": "0.9"}, TypeError, "momentum: expected a number, got str"),
+        ({"stop_epsilon": "a"}, TypeError, "stop_epsilon: expected a number, got str"),
+        ({"seed": 1.5}, TypeError, "seed: expected a whole number, got 1.5"),
+        ({"seed": 2**70}, ValueError, "seed: expected 0 to"),
+        ({"device": "gpu"}, ValueError, "device: expected one such as 'cpu' or 'cuda', got 'gpu'"),
+        ({"device": "meta"}, ValueError, "device: expected a CPU or CUDA device, got 'meta'"),
+        ({"device": "cuda:99"}, ValueError, "device: got 'cuda:99', but torch sees"),
+        ({"callbacks": [3]}, TypeError, "callbacks: expected callables, got int"),
+        ({"callbacks": print}, TypeError, "callbacks: expected a list of callables"),
+        ({"backend": 3}, TypeError, "backend: expected a name, got int"),
+        ({"shuffle": "no"}, TypeError, "shuffle: expected True or False, got 'no'"),
+        ({"checkpoint": 5}, TypeError, "checkpoint: expected a path, got int"),
         ({"validation": X}, TypeError, r"validation: expected a pair \(x, y\)"),
         ({"validation": (X[:, :2], Y)}, ValueError, r"validation\[0\]: expected shape \(rows, 6\)"),
         ({"validation": (X, Y + 7)}, ValueError, r"validation\[1\]: expected class indices from 0 to 2"),
@@ -63,6 +80,11 @@ def test_a_wrong_argument_is_named_and_nothing_is_changed(change, error, message
 def test_a_model_on_another_device_than_the_data_is_named():
     with pytest.raises(ValueError, match="x: expected on meta, where the model is, got cpu; give device="):
         dk.fit(net(6, 5, 3).to("meta"), X, Y)
+
+
+def test_softmax_over_one_output_is_refused():
+    with pytest.raises(ValueError, match="loss: cross_entropy needs at least 2 outputs, the model has 1"):
+        dk.fit(net(6, 5, 1), X, Y % 2, loss="cross_entropy")
 
 
 def test_a_half_precision_model_is_refused():
@@ -109,6 +131,40 @@ def test_a_gradient_that_is_not_finite_is_named_and_the_weights_are_those_before
     assert not torch.equal(weights(model), weights(twin))
 
 
-def test_overflow_in_fine_tuning_is_an_error():
-    with pytest.raises(dk.NonFiniteError, match="fine-tuning"):
-        dk.fit(net(6, 5, 3, activation=nn.ReLU), X, Y, schedule=dk.RoundRobin(rounds=1, finetune_epochs=3, finetune_lr=1e30))
+def test_fine_tuning_that_is_not_finite_goes_back_to_the_weights_before_that_step():
+    model, twin = net(6, 5, 3, activation=nn.ReLU), net(6, 5, 3, activation=nn.ReLU)
+    common = {"batch_size": 10, "shuffle": False}
+    x = X.clone()
+    x[67, 0] = float("nan")  # step 6 of an epoch; the alternation sees the rows before it only
+    schedule = dk.RoundRobin(rounds=1, inner_steps=2, finetune_epochs=1)
+    with pytest.raises(dk.NonFiniteError, match="all layers, fine-tuning epoch 0, step 6: the gradient's norm is nan"):
+        dk.fit(model, x, Y, schedule=schedule, **common)
+    dk.fit(twin, X, Y, schedule=dk.RoundRobin(rounds=1, inner_steps=2), **common)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for start in range(0, 60, 10):
+        optimizer.zero_grad()
+        target = nn.functional.one_hot(Y[start : start + 10], 3).float()
+        nn.functional.mse_loss(twin(X[start : start + 10]), target).backward()
+        optimizer.step()
+    torch.testing.assert_close(weights(model), weights(twin))
+
+
+def test_a_rate_may_fall_to_zero_in_the_last_round():
+    history = dk.fit(
+        net(6, 5, 3), X, Y, schedule=dk.RoundRobin(rounds=3), lr=0.1, lr_schedule=lambda r, rounds: 1 - r / (rounds - 1)
+    )
+    assert [b.lr for b in history.blocks if b.layer == 0] == pytest.approx([0.1, 0.05, 0.0])
+
+
+@pytest.mark.parametrize("lr", [np.float32(0.1), torch.tensor(0.1), np.float64(0.1), (0.1, 0.1), torch.tensor([0.1, 0.1])])
+def test_numbers_of_numpy_and_torch_are_numbers(lr):
+    history = dk.fit(net(6, 5, 3), X, Y, schedule=dk.RoundRobin(rounds=np.int64(1)), lr=lr, batch_size=np.int64(30))
+    assert [b.lr for b in history.blocks] == pytest.approx([0.1, 0.1], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.uint32])
+def test_labels_may_be_of_any_integer_type(dtype):
+    model, twin = net(6, 5, 3), net(6, 5, 3)
+    dk.fit(model, X, Y.numpy().astype(dtype), schedule=dk.RoundRobin(rounds=1))
+    dk.fit(twin, X, Y, schedule=dk.RoundRobin(rounds=1))
+    assert torch.equal(weights(model), weights(twin))

@@ -244,6 +244,40 @@ def test_binary_targets_of_one_output_may_be_classes_or_values():
     assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
 
 
+def test_the_middle_between_two_classes_is_0_for_logits_and_one_half_for_values():
+    """Outputs of 0.2 for both classes: a logit above 0 means class 1, a value below 1/2 class 0."""
+    x, y = torch.ones(4, 1), torch.tensor([0, 1, 1, 1])
+    for loss, accuracy in (("binary_cross_entropy", 0.75), ("mse", 0.25)):
+        model = nn.Sequential(nn.Linear(1, 1, bias=False))
+        nn.init.constant_(model[0].weight, 0.2)
+        history = dk.fit(model, x, y, loss=loss, schedule=dk.RoundRobin(rounds=1), lr=1e-6, validation=(x, y))
+        assert history.rounds[0].metrics["accuracy"] == accuracy
+
+
+def test_steps_that_change_nothing_update_no_weights():
+    x, y = blobs(rows=40)
+    x[10:20] = 0  # with no bias, a batch of zeros has no gradient
+    model = nn.Sequential(nn.Linear(6, 3, bias=False))
+    history = dk.fit(model, x, y, schedule=dk.RoundRobin(rounds=1), batch_size=10, shuffle=False)
+    assert history.blocks[0].skipped == 1
+    assert history.weights_updated == 3 * 18
+
+
+def test_evaluation_and_prefix_go_through_the_rows_in_pieces(monkeypatch):
+    from dante_kernels.training import problem
+
+    x, y = blobs(rows=47)
+    outcomes = []
+    for rows in (8192, 10):
+        monkeypatch.setattr(problem, "FORWARD_ROWS", rows)
+        model = net(6, 5, 4, 3)
+        history = dk.fit(model, x, y, schedule=dk.RoundRobin(rounds=2), batch_size=10, validation=(x, y))
+        outcomes.append((weights(model), history.rounds[-1].metrics))
+    torch.testing.assert_close(outcomes[0][0], outcomes[1][0], rtol=1e-4, atol=1e-5)
+    assert outcomes[0][1]["loss"] == pytest.approx(outcomes[1][1]["loss"], rel=1e-5)
+    assert outcomes[0][1]["accuracy"] == outcomes[1][1]["accuracy"]
+
+
 def test_a_final_softmax_is_not_applied_twice():
     x, y = blobs()
     plain, softmax = net(6, 5, 3), net(6, 5, 3, output=lambda: nn.Softmax(dim=1))

@@ -174,3 +174,21 @@ def test_a_stacked_autoencoders_target_is_its_input():
     dk.fit(net(12, 4, 12), x, x.clone(), schedule=dk.StackedAutoencoder(rounds=1))
     with pytest.raises(ValueError, match="y: StackedAutoencoder's target is x itself"):
         dk.fit(net(12, 4, 12), x, x + 1, schedule=dk.StackedAutoencoder(rounds=1))
+
+
+def test_a_pair_that_is_frozen_is_passed_over():
+    x = autoencoder_data()
+    model = net(12, 8, 3, 8, 12, activation=nn.Sigmoid, output=nn.Sigmoid)
+    for outer in (model[0], model[6]):
+        outer.requires_grad_(False)
+    history = dk.fit(model, x, schedule=dk.StackedAutoencoder(rounds=2))
+    assert {b.layer for b in history.blocks} == {1, 2}
+    assert len(history.rounds) == 2
+
+
+def test_a_bfloat16_autoencoder_takes_its_input_as_target():
+    x = autoencoder_data().bfloat16()
+    given, implied = net(12, 4, 12), net(12, 4, 12)
+    dk.fit(given, x, x, schedule=dk.StackedAutoencoder(rounds=1))
+    dk.fit(implied, x, schedule=dk.StackedAutoencoder(rounds=1))
+    assert torch.equal(weights(given), weights(implied))
