@@ -8,13 +8,15 @@ this file checks, 1 for what the data or the training rejects, 130 for Ctrl-C.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
+import inspect
 import itertools
 import json
+import math
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
     from .activations import Activation
     from .data import Dataset
     from .training import History
+    from .training.schedules import Schedule
 
 SCHEDULES = ("round-robin", "alternating")
+LR_SCHEDULES = ("constant", "cosine")
 MAX_ROWS = 12
 
 
@@ -46,22 +50,28 @@ def main() -> None:
     except ImportError:
         print('dante: the command line needs typer and rich: pip install "dante_kernels[cli]"', file=sys.stderr)
         raise SystemExit(1) from None
-    app = typer.Typer(
-        help="Train neural networks by DANTE: layer by layer, by stochastic normalized gradient descent.",
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-    )
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(_dante)
     app.command()(train)
     app.command()(info)
     app()
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dante_kernels {_version('dante_kernels')}")
+        raise SystemExit
+
+
+def _dante(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print version")] = False,
+) -> None:
+    """Train neural networks by DANTE: layer by layer, by stochastic normalized gradient descent."""
+
+
 def train(
     dataset: Annotated[str, typer.Argument(help="digits, mnist, fashion-mnist or kmnist")] = "digits",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="directory with the four IDX files of the data set; fetched where not given")
-    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="directory with its four IDX files; fetched where not given")] = None,
     hidden: Annotated[str, typer.Option(help="widths of the hidden layers, such as 400,200")] = "100",
     activation: Annotated[
         str, typer.Option(help="leaky_relu (0.01), relu, sigmoid, tanh or identity; at the output only with mse")
@@ -69,9 +79,7 @@ def train(
     loss: Annotated[str, typer.Option(help="mse, cross_entropy or binary_cross_entropy")] = "mse",
     rounds: Annotated[int, typer.Option(help="rounds: in each, every layer makes its passes")] = 12,
     inner_epochs: Annotated[float, typer.Option(help="passes of a layer over the data in a round")] = 1.0,
-    inner_steps: Annotated[
-        int | None, typer.Option(help="cut the passes into blocks of so many mini-batches, the layers taking turns")
-    ] = None,
+    inner_steps: Annotated[int | None, typer.Option(help="the layers take turns of so many mini-batches")] = None,
     batch_size: Annotated[int | None, typer.Option(help="rows in a mini-batch", show_default="20 for digits, else 100")] = None,
     lr: Annotated[float, typer.Option(help="learning rate: the length of a step in weight space")] = 0.2,
     lr_schedule: Annotated[str, typer.Option(help="constant or cosine")] = "cosine",
@@ -83,8 +91,7 @@ def train(
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda")] = "auto",
     no_bias: Annotated[bool, typer.Option("--no-bias", help="layers without bias")] = False,
     output: Annotated[
-        Path | None,
-        typer.Option(help="where to save the model", show_default="dante-DATASET.safetensors, numbered where it exists"),
+        Path | None, typer.Option(help="where to save the model", show_default="dante-DATASET.safetensors, numbered if taken")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite --output where it exists")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="print only where the model was saved")] = False,
@@ -94,45 +101,44 @@ def train(
     The defaults train 64-100-10 on scikit-learn's digits in a few seconds.
     """
     with _errors_in_one_line():
-        from . import data
+        from . import activations, data, losses
 
         widths = _widths(hidden)
-        if dataset not in data.NAMES:
-            raise UsageError(f"dataset: expected one of {', '.join(data.NAMES)}, got {dataset!r}")
+        batch = (20 if dataset == "digits" else 100) if batch_size is None else batch_size
+        _expect(dataset in data.NAMES, "dataset", f"one of {', '.join(data.NAMES)}", dataset)
         if dataset == "digits" and data_dir is not None:
             raise UsageError("--data-dir: digits come with scikit-learn; it goes with the other data sets")
-        if schedule not in SCHEDULES:
-            raise UsageError(f"--schedule: expected {' or '.join(SCHEDULES)}, got {schedule!r}")
-        if not 0 <= seed < 2**63:
-            raise UsageError(f"--seed: expected a number from 0 to 2^63 - 1, got {seed}")
+        _expect(activation in activations.NAMES, "--activation", f"one of {', '.join(activations.NAMES)}", activation)
+        _expect(loss in losses.CODES, "--loss", f"one of {', '.join(losses.CODES)}", loss)
+        _expect(math.isfinite(lr) and lr > 0, "--lr", "a finite number above 0", lr)
+        _expect(lr_schedule in LR_SCHEDULES, "--lr-schedule", " or ".join(LR_SCHEDULES), lr_schedule)
+        _expect(batch >= 1, "--batch-size", "at least 1", batch)
+        _expect(0 <= momentum < 1, "--momentum", "a number from 0 to below 1", momentum)
+        _expect(0 <= seed < 2**63, "--seed", "a number from 0 to 2^63 - 1", seed)
+        schedule_settings = {"rounds": rounds, "inner_epochs": inner_epochs, "inner_steps": inner_steps}
+        turns = _schedule(schedule, schedule_settings, len(widths))
         if force and output is None:
             raise UsageError("--force: goes with --output; without it nothing is overwritten")
-        target = Path(f"dante-{dataset}.safetensors") if output is None else output
+        target = Path(f"dante-{dataset}.safetensors") if output is None else _behind_links(output)
         _check_output(target, may_exist=force or output is None)
         data.require("safetensors.torch", "cli", "saving the model")
-        layer_activation, to = _activation(activation), _device(device)
+        to = _device(device)
+        _check_backend(backend, to)
 
         with _spinner(f"loading {dataset}", quiet):
             split = data.load(dataset, data_dir)
+        _warn_of_another_data_set(dataset, data_dir)
         widths = [split.x_train.shape[1], *widths, split.classes]
-        last = layer_activation if loss == "mse" else None
-        model = _build(widths, layer_activation, last, seed, bias=not no_bias)
-        fit_settings: dict[str, Any] = {
-            "loss": loss,
-            "lr": lr,
-            "lr_schedule": lr_schedule,
-            "relative_lr": relative_lr,
-            "batch_size": (20 if dataset == "digits" else 100) if batch_size is None else batch_size,
-            "momentum": momentum,
-            "seed": seed,
-            "backend": backend,
-        }
-        schedule_settings = {"rounds": rounds, "inner_epochs": inner_epochs, "inner_steps": inner_steps}
+        between = activations.NAMES[activation]
+        last = between if loss == "mse" else None
+        model = _build(widths, between, last, seed, bias=not no_bias)
+        steps = {"lr": lr, "lr_schedule": lr_schedule, "relative_lr": relative_lr, "batch_size": batch, "momentum": momentum}
+        settings = {"loss": loss, **steps, "seed": seed, "backend": backend}
         shape = "-".join(map(str, widths))
         if not quiet:
             rows = f"{len(split.x_train):,} training and {len(split.x_test):,} test rows"
             print(f"{dataset}: {rows}; {shape}, {activation}, {loss}, on {to}", flush=True)
-        history = _fit(model, split, schedule, schedule_settings, fit_settings, to, quiet)
+        history = _fit(model, split, turns, {**settings, "device": to}, quiet)
         metadata = {
             "widths": shape,
             "activation": activation,
@@ -140,7 +146,7 @@ def train(
             "loss": loss,
             "dataset": dataset,
             "dante_kernels": _version("dante_kernels"),
-            "settings": json.dumps({"schedule": schedule, **schedule_settings, **fit_settings, "bias": not no_bias}),
+            "settings": json.dumps({"schedule": schedule, **schedule_settings, **settings, "bias": not no_bias}),
             "test_accuracy": str(history.rounds[-1].metrics["accuracy"]),
         }
         saved = _save(model, target, metadata, overwrite=force)
@@ -159,12 +165,11 @@ def info() -> None:
         from .ops import backends
 
         library = next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
-        cpu = f"{_cpu_model()}, {os.cpu_count()} logical CPUs, {torch.get_num_threads()} threads for torch"
         lines = [
             ("dante_kernels", _version("dante_kernels")),
             ("python", platform.python_version()),
             *((package, _version(package)) for package in ("torch", "triton", "numpy")),
-            ("CPU", cpu),
+            ("CPU", f"{_cpu_model()}, {os.cpu_count()} logical CPUs, {torch.get_num_threads()} threads for torch"),
             *(_gpu(index) for index in range(torch.cuda.device_count())),
             *([] if torch.cuda.is_available() else [("CUDA device", "none is visible to torch")]),
             ("C++ extension", "not built" if library is None else f"built ({library.name})"),
@@ -172,6 +177,8 @@ def info() -> None:
         for name, reason in backends.availability().items():
             lines.append((f"backend {name}", "usable" if reason is None else f"not usable: {reason}"))
         lines.append(("matmul precision", torch.get_float32_matmul_precision()))
+        variables = (backends.ENVIRONMENT_VARIABLE, "DANTE_CPU_ISA")
+        lines += [(variable, os.environ[variable]) for variable in variables if os.environ.get(variable)]
         width = max(len(name) for name, _ in lines)
         for name, text in lines:
             print(f"{name:{width}}  {text}")
@@ -188,13 +195,26 @@ def _errors_in_one_line() -> Iterator[None]:
         raise
     except UsageError as error:
         _fail(str(error), 2)
-    except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
-        _fail(str(error) or type(error).__name__, 1)
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+        message = str(error).partition("\nException raised from")[0]  # there torch goes on with a C++ backtrace
+        _fail(_naming_the_option(message) or type(error).__name__, 1)
 
 
 def _fail(message: str, status: int) -> NoReturn:
     print("dante: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(status)
+
+
+def _naming_the_option(message: str) -> str:
+    """A message of the library about an argument (`inner_steps: ...`) as one about the option (`--inner-steps: ...`)."""
+    word, colon, rest = message.partition(": ")
+    options = inspect.signature(train).parameters.keys() - {"dataset"}
+    return f"--{word.replace('_', '-')}: {rest}" if colon and word in options else message
+
+
+def _expect(holds: bool, option: str, expected: str, got: object) -> None:
+    if not holds:
+        raise UsageError(f"{option}: expected {expected}, got {got!r}")
 
 
 def _version(package: str) -> str:
@@ -220,23 +240,14 @@ def _gpu(index: int) -> tuple[str, str]:
     import torch
 
     found = torch.cuda.get_device_properties(index)
-    memory = found.total_memory / 2**30
-    return f"CUDA device {index}", f"{found.name}, sm_{found.major}{found.minor}, {memory:.0f} GiB"
+    return f"CUDA device {index}", f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB"
 
 
 def _widths(hidden: str) -> list[int]:
     parts = [part.strip() for part in hidden.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"--hidden: expected widths above 0, separated by commas, such as 400,200, got {hidden!r}")
+    good = all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts)
+    _expect(good, "--hidden", "widths above 0, separated by commas, such as 400,200", hidden)
     return [int(part) for part in parts]
-
-
-def _activation(name: str) -> Activation:
-    from . import activations
-
-    if name not in activations.NAMES:
-        raise UsageError(f"--activation: expected one of {', '.join(activations.NAMES)}, got {name!r}")
-    return activations.NAMES[name]
 
 
 def _device(name: str) -> Device:
@@ -245,12 +256,51 @@ def _device(name: str) -> Device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise UsageError(f"--device: expected auto, cpu, cuda or cuda:0, cuda:1 and so on, got {name!r}")
+    good = kind in ("cpu", "cuda") and (not index or index.isdigit())
+    _expect(good, "--device", "auto, cpu, cuda or cuda:0, cuda:1 and so on", name)
     count = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= count:
         raise UsageError(f"--device: expected a device that is there, got {name!r}; CUDA devices visible to torch: {count}")
     return torch.device(name)
+
+
+def _schedule(name: str, settings: dict[str, Any], hidden: int) -> Schedule:
+    """The schedule for so many hidden layers."""
+    import dante_kernels as dk
+
+    _expect(name in SCHEDULES, "--schedule", " or ".join(SCHEDULES), name)
+    if name == "alternating" and hidden != 1:
+        raise UsageError(f"--schedule: alternating trains one hidden layer, but --hidden has {hidden}; choose round-robin")
+    try:
+        return (dk.Alternating if name == "alternating" else dk.RoundRobin)(**settings)
+    except ValueError as error:
+        raise UsageError(_naming_the_option(str(error))) from error
+
+
+def _check_backend(backend: str, device: Device) -> None:
+    """Refuse a backend that is none or cannot be used; instead of auto, the environment variable may name one."""
+    import torch
+
+    from .ops import backends
+
+    variable = os.environ.get(backends.ENVIRONMENT_VARIABLE) if backend == "auto" else None
+    option, name = (backends.ENVIRONMENT_VARIABLE, variable) if variable else ("--backend", backend)
+    _expect(name in ("auto", *backends.NAMES), option, f"one of auto, {', '.join(backends.NAMES)}", name)
+    reason = None if name == "auto" else backends.why_not(name, device, torch.float32)
+    if reason is not None:
+        raise UsageError(f"{option}: {name} cannot be used here: {reason}")
+
+
+def _warn_of_another_data_set(dataset: str, directory: Path | None) -> None:
+    """Say so where the files are those of another data set; the test labels' few bytes tell the data sets apart."""
+    from . import data
+
+    labels = Path() if directory is None else directory / data.FILES[-1]
+    if labels.is_file():
+        sha256 = hashlib.sha256(labels.read_bytes()).hexdigest()
+        owner = next((name for name, source in data.SOURCES.items() if source.sha256[labels.name] == sha256), dataset)
+        if owner != dataset:
+            print(f"dante: warning: the files in {str(directory)!r} are {owner}'s, not {dataset}'s", file=sys.stderr)
 
 
 def _build(widths: list[int], activation: Activation, last: Activation | None, seed: int, *, bias: bool) -> nn.Sequential:
@@ -268,29 +318,16 @@ def _build(widths: list[int], activation: Activation, last: Activation | None, s
     return nn.Sequential(*modules[:-1], *([] if last is None else [to_module(last)]))
 
 
-def _fit(
-    model: nn.Sequential,
-    split: Dataset,
-    schedule: str,
-    schedule_settings: dict[str, Any],
-    settings: dict[str, Any],
-    device: Device,
-    quiet: bool,
-) -> History:
+def _fit(model: nn.Sequential, split: Dataset, schedule: Schedule, settings: dict[str, Any], quiet: bool) -> History:
     import dante_kernels as dk
 
-    kind = dk.Alternating if schedule == "alternating" else dk.RoundRobin
-    with _progress(schedule_settings["rounds"], quiet) as advance:
-        return dk.fit(
-            model,
-            split.x_train,
-            split.y_train,
-            schedule=kind(**schedule_settings),
-            validation=(split.x_test, split.y_test),
-            device=device,
-            callbacks=[advance],
-            **settings,
-        )
+    with _progress(schedule.rounds, quiet) as advance:
+        settings = {**settings, "schedule": schedule, "validation": (split.x_test, split.y_test), "callbacks": [advance]}
+        try:
+            return dk.fit(model, split.x_train, split.y_train, **settings)
+        except dk.NonFiniteError as error:
+            where = f"round {len(error.history.rounds) + 1}"
+            raise ArithmeticError(f"{where}: a gradient is not finite; try a lower --lr than {settings['lr']}") from error
 
 
 @contextlib.contextmanager
@@ -331,46 +368,53 @@ def _print_table(history: History) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(box=box.SIMPLE if console.is_terminal else None, pad_edge=False)
-    for title in ("round", "training loss", "test accuracy", "weights updated", "seconds"):
+    table = Table(box=box.SIMPLE if console.is_terminal else None, pad_edge=False, show_edge=False)
+    for title in ("round", "training loss", "test accuracy", "weights updated so far", "seconds so far"):
         table.add_column(title, justify="right", no_wrap=True)
     seconds = list(itertools.accumulate(record.seconds for record in history.rounds))
-    for index in _evenly(len(history.rounds)):
+    count = len(history.rounds)
+    shown = sorted({round(i * (count - 1) / (MAX_ROWS - 1)) for i in range(MAX_ROWS)})
+    for index in shown:
         record = history.rounds[index]
         accuracy = f"{100 * record.metrics['accuracy']:.2f} %"
         table.add_row(str(index + 1), f"{record.loss:.5f}", accuracy, f"{record.weights_updated:,}", f"{seconds[index]:.2f}")
     console.print(table)
+    if len(shown) < count:
+        print(f"{len(shown)} of {count} rounds are shown")
 
 
-def _evenly(count: int) -> list[int]:
-    if count <= MAX_ROWS:
-        return list(range(count))
-    return [round(i * (count - 1) / (MAX_ROWS - 1)) for i in range(MAX_ROWS)]
+def _behind_links(output: Path) -> Path:
+    """Where a link leads, so that a link stays a link when what it leads to is replaced."""
+    return Path(os.path.realpath(output)) if output.is_symlink() else output
 
 
 def _check_output(target: Path, *, may_exist: bool) -> None:
     """Refuse an output that could not be written, before any training."""
-    if target.is_dir():
-        raise UsageError(f"--output: expected a file, got the directory {str(target)!r}")
+    _expect(target.is_file() or not target.exists(), "--output", "a regular file", str(target))
     if target.exists() and not may_exist:
         raise UsageError(f"--output: {str(target)!r} exists; choose another name, or overwrite it with --force")
-    if not target.parent.is_dir():
-        raise UsageError(f"--output: expected a file in an existing directory, got {str(target)!r}")
+    _expect(target.parent.is_dir(), "--output", "a file in an existing directory", str(target))
+    temporary = _temporary(target)
     try:
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
+        temporary.touch()
+        temporary.unlink()
     except OSError as error:
-        raise UsageError(f"--output: cannot write into the directory {str(target.parent)!r}: {error.strerror}") from error
+        raise UsageError(f"--output: cannot write {str(target)!r}: {error.strerror}") from error
+
+
+def _temporary(target: Path) -> Path:
+    """The file beside the output that is written first, so that a broken write never stands in the output's place."""
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
 def _save(model: nn.Sequential, target: Path, metadata: dict[str, str], *, overwrite: bool) -> Path:
     """Write the weights under `target` or, where that exists and must not be overwritten, under a numbered name."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _temporary(target)
     try:
-        save_file(weights, temporary, metadata=metadata)
+        temporary.write_bytes(save(weights, metadata=metadata))
         if overwrite:
             os.replace(temporary, target)
             return target
@@ -392,3 +436,7 @@ def _reserve(target: Path) -> Path:
         with contextlib.suppress(FileExistsError), open(place, "xb"):
             return place
     raise AssertionError("unreachable")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,18 +1,18 @@
-"""The command `dante`: what it prints and saves, what it refuses before training, and how it fails."""
+"""The command `dante`: what it prints and saves, and where it refuses to write."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import re
 import sys
-import tempfile
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_data import Server, small_arrays, write_files
+from test_data import small_arrays, write_files
 from torch import nn
 
 import dante_kernels as dk
@@ -25,7 +25,7 @@ ROW = re.compile(r"^ *(\d+) +(\d+\.\d+) +(\d+\.\d\d) % +([\d,]+) +(\d+\.\d\d) *$
 
 @pytest.fixture(autouse=True)
 def in_a_directory_of_its_own(tmp_path, monkeypatch):
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
+    for name in ("DANTE_BACKEND", "DANTE_CPU_ISA", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -62,6 +62,14 @@ def fits(monkeypatch):
 
     monkeypatch.setattr(dk, "fit", spy)
     return calls
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The names of the data sets that were loaded."""
+    names, real = [], data.load
+    monkeypatch.setattr(data, "load", lambda name, directory=None: (names.append(name), real(name, directory))[1])
+    return names
 
 
 def metadata_of(path):
@@ -175,6 +183,20 @@ def test_real_mnist_is_learned_from_its_original_files(dante, real_data):
 # What is printed
 
 
+@pytest.mark.parametrize("owner", ["kmnist", "mnist", None])
+def test_files_of_another_data_set_are_trained_on_with_a_warning(dante, monkeypatch, tmp_path, owner):
+    folder = write_files(tmp_path / "files", small_arrays(40, 20))
+    labels = "t10k-labels-idx1-ubyte.gz"
+    if owner is not None:
+        sums = {**data.SOURCES[owner].sha256, labels: hashlib.sha256((folder / labels).read_bytes()).hexdigest()}
+        monkeypatch.setitem(data.SOURCES, owner, data.SOURCES[owner]._replace(sha256=sums))
+    status, out, err = dante("train", "mnist", "--data-dir", folder, *QUICK)
+    assert status == 0
+    assert "model saved" in out
+    warning = f"dante: warning: the files in {str(folder)!r} are kmnist's, not mnist's\n"
+    assert err == (warning if owner == "kmnist" else "")
+
+
 @pytest.mark.parametrize("rounds", [1, 12, 13, 30])
 def test_the_table_has_at_most_twelve_rows_the_last_round_among_them(dante, fits, rounds):
     status, out, _ = dante("train", "--hidden", "2", "--batch-size", "1437", "--rounds", rounds)
@@ -185,6 +207,8 @@ def test_the_table_has_at_most_twelve_rows_the_last_round_among_them(dante, fits
     assert len(shown) == min(rounds, 12)
     assert shown == sorted(set(shown))
     assert (shown[0], shown[-1]) == (1, rounds)
+    assert out.splitlines()[1].split("  ")[-2:] == ["weights updated so far", "seconds so far"]
+    assert re.findall(r"^(\d+) of (\d+) rounds are shown$", out, re.MULTILINE) == ([("12", str(rounds))] if rounds > 12 else [])
     seconds = 0.0
     for number, loss, accuracy, updated, elapsed in rows:
         record = records[int(number) - 1]
@@ -193,6 +217,16 @@ def test_the_table_has_at_most_twelve_rows_the_last_round_among_them(dante, fits
         assert float(accuracy) == pytest.approx(100 * record.metrics["accuracy"], abs=0.006)
         assert int(updated.replace(",", "")) == record.weights_updated
         assert float(elapsed) == pytest.approx(seconds, abs=0.006)
+
+
+def test_the_table_fits_a_terminal_of_80_columns(dante, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = dante("train", *QUICK)
+    plain = re.sub(r"\x1b\[[\d;]*m", "", out)
+    assert "weights updated so far" in plain
+    assert "seconds so far" in plain
+    assert "…" not in plain
 
 
 def test_output_that_no_terminal_shows_has_no_control_codes_and_no_progress_bar(dante):
@@ -261,19 +295,49 @@ def test_an_output_that_cannot_be_is_refused_before_training(dante, fits, output
     pathlib.Path("file").touch()
     status, _, err = dante("train", *QUICK, "--output", output)
     assert status == 2
-    assert "--output: expected a file" in err
+    assert "--output: expected a" in err
     assert fits == []
 
 
 def test_a_directory_that_takes_no_files_is_refused_before_training(dante, fits, monkeypatch):
-    def refuse(**_):
+    def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(pathlib.Path, "touch", refuse)
     status, _, err = dante("train", *QUICK)
     assert status == 2
-    assert "cannot write into the directory '.': Permission denied" in err
+    assert "--output: cannot write 'dante-digits.safetensors': Permission denied" in err
     assert fits == []
+
+
+def test_a_name_that_leaves_no_room_for_the_temporary_one_is_refused_before_training(dante, fits):
+    status, _, err = dante("train", *QUICK, "--output", "m" * 246)
+    assert status == 2
+    assert "--output: cannot write" in err
+    assert fits == []
+
+
+def test_what_is_no_regular_file_is_refused_even_with_force(dante, fits):
+    os.mkfifo("pipe")
+    status, _, err = dante("train", *QUICK, "--output", "pipe", "--force")
+    assert status == 2
+    assert "--output: expected a regular file" in err
+    assert fits == []
+
+
+def test_a_link_is_followed_and_the_model_is_readable_as_any_file(dante):
+    pathlib.Path("disk").mkdir()
+    pathlib.Path("link.safetensors").symlink_to("disk/model.safetensors")
+    assert dante("train", *QUICK, "--output", "link.safetensors")[0] == 0
+    pathlib.Path("plain").touch()
+    assert pathlib.Path("link.safetensors").is_symlink()
+    assert pathlib.Path("disk/model.safetensors").stat().st_mode == pathlib.Path("plain").stat().st_mode
+
+
+def test_a_network_too_large_for_the_machine_is_one_line(dante):
+    status, _, err = dante("train", "--hidden", "99999999999999")
+    assert status == 1
+    assert len(err.splitlines()) == 1
 
 
 def test_a_save_that_fails_leaves_nothing_behind(dante, monkeypatch):
@@ -285,75 +349,6 @@ def test_a_save_that_fails_leaves_nothing_behind(dante, monkeypatch):
     assert status == 1
     assert "No space left on device" in err
     assert "saved" not in out
-    assert list(pathlib.Path().iterdir()) == []
-
-
-# Mistakes
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "says"),
-    [
-        ("cifar", 2, "expected one of digits, mnist, fashion-mnist, kmnist, got 'cifar'"),
-        ("--hidden 0", 2, "--hidden: expected widths above 0, separated by commas, such as 400,200, got '0'"),
-        ("--hidden 10,,5", 2, "--hidden"),
-        ("--hidden ten", 2, "--hidden"),
-        ("--activation gelu", 2, "--activation: expected one of"),
-        ("--schedule stacked", 2, "--schedule: expected round-robin or alternating, got 'stacked'"),
-        ("--device tpu", 2, "--device: expected auto, cpu, cuda"),
-        ("--device cuda:99", 2, "--device: expected a device that is there, got 'cuda:99'"),
-        ("--seed 18446744073709551616", 2, "--seed: expected a number from 0"),
-        ("--force", 2, "--force: goes with --output"),
-        ("--data-dir .", 2, "--data-dir: digits come with scikit-learn"),
-        ("mnist --data-dir nowhere", 1, "'nowhere'"),
-        ("mnist --data-dir .", 1, "lacks train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz"),
-        ("--loss hinge", 1, "loss: expected one of mse, cross_entropy, binary_cross_entropy, got 'hinge'"),
-        ("--lr 0", 1, "lr: expected"),
-        ("--lr-schedule step", 1, "lr_schedule: expected"),
-        ("--rounds 0", 1, "rounds: expected at least 1, got 0"),
-        ("--inner-steps 0", 1, "inner_steps: expected at least 1, got 0"),
-        ("--batch-size 0", 1, "batch_size: expected at least 1, got 0"),
-        ("--momentum 1", 1, "momentum: expected"),
-        ("--backend cuda", 1, "backend: expected auto or one of"),
-        ("--hidden 5,5 --schedule alternating", 1, "Alternating trains one hidden layer"),
-    ],
-)
-def test_a_mistake_is_answered_by_one_line(dante, arguments, status, says):
-    got, _, err = dante("train", *arguments.split())
-    assert got == status
-    assert err.count("\n") == 1, err
-    assert err.startswith("dante: ")
-    assert says in err
-    assert list(pathlib.Path().iterdir()) == []
-
-
-def test_an_error_of_several_lines_is_printed_as_one(dante, fits):
-    def fail():
-        raise FloatingPointError("layer 0:\n  the gradient's norm is nan")
-
-    fits.instead = fail
-    status, _, err = dante("train", *QUICK)
-    assert (status, err) == (1, "dante: layer 0: the gradient's norm is nan\n")
-
-
-def test_with_no_network_training_says_in_one_line_what_to_do(dante, monkeypatch, tmp_path):
-    server = Server()
-    server.stop()
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv(data.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setitem(data.SOURCES, "kmnist", data.SOURCES["kmnist"]._replace(urls=(server.url,)))
-    status, out, err = dante("train", "kmnist")
-    assert (status, out) == (1, "")
-    assert err.count("\n") == 1, err
-    assert all(text in err for text in ("kmnist", "cannot be reached", "--data-dir DIR", *data.FILES))
-
-
-def test_interrupted_training_ends_with_130_and_saves_nothing(dante, fits):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    fits.instead = interrupt
-    assert dante("train", *QUICK)[::2] == (130, "dante: interrupted\n")
     assert list(pathlib.Path().iterdir()) == []
 
 
@@ -369,6 +364,31 @@ def test_info_says_which_backends_can_be_used_and_why_not(dante):
     for name, reason in backends.availability().items():
         assert lines[f"backend {name}"] == ("usable" if reason is None else f"not usable: {reason}")
     assert {"dante_kernels", "python", "triton", "numpy", "CPU", "C++ extension"} <= set(lines)
+
+
+def test_info_shows_the_variables_that_are_set(dante, monkeypatch):
+    assert not re.search("^DANTE_", dante("info")[1], re.MULTILINE)
+    monkeypatch.setenv("DANTE_BACKEND", "reference")
+    monkeypatch.setenv("DANTE_CPU_ISA", "generic")
+    out = dante("info")[1]
+    assert re.search(r"^DANTE_BACKEND +reference$", out, re.MULTILINE)
+    assert re.search(r"^DANTE_CPU_ISA +generic$", out, re.MULTILINE)
+
+
+def test_version_is_that_of_the_package(dante, monkeypatch):
+    monkeypatch.setattr(cli, "_version", lambda package: f"that of {package}")
+    assert dante("--version") == (0, "dante_kernels that of dante_kernels\n", "")
+
+
+def test_the_readmes_snippet_loads_a_saved_model(dante):
+    assert dante("train", "--rounds", "1")[0] == 0
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (snippet,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "load_file" in block)
+    names = {}
+    exec(snippet, names)
+    split = data.load_digits()
+    accuracy = float((names["model"](split.x_test).argmax(1) == split.y_test).double().mean())
+    assert accuracy == pytest.approx(float(metadata_of("dante-digits.safetensors")["test_accuracy"]), abs=0.003)
 
 
 def test_help_lists_the_commands_and_the_options(dante):

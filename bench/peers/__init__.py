@@ -1,0 +1,1 @@
+"""What the kernels are measured against, each a real implementation of the same work."""
