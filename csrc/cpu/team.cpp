@@ -8,9 +8,10 @@ namespace {
 
 constexpr int kSpins = 2000;  // some 20 to 50 microseconds, about what it costs to give up the core and get it back
 
-// A team is dissolved where member 0 waited for more than this and for most of the time. The next calls then do without
-// one, and the one after them tries again.
-constexpr auto kPatience = std::chrono::microseconds(300);
+// A team is dissolved where member 0 waited for more than this and for two fifths of the time since the grace of its first
+// steps (a new thread's first milliseconds may go by before it is given a core of its own). The next calls then do without one,
+// and the one after them tries again.
+constexpr auto kPatience = std::chrono::milliseconds(1), kGrace = std::chrono::milliseconds(8);
 constexpr int kCallsAlone = 15;
 std::atomic<int> calls_alone{0};
 
@@ -71,7 +72,10 @@ void Team::barrier(int member) {
 
 bool Team::stays(int member) {
   if (size_ == 1) return true;
-  if (member == 0 && waited_ > kPatience && waited_ > (Clock::now() - begin_) * 2 / 5) {
+  if (member == 0 && !warm_) {
+    warm_ = Clock::now() - begin_ > kGrace;
+    if (warm_) begin_ = Clock::now(), waited_ = {};
+  } else if (member == 0 && waited_ > kPatience && waited_ > (Clock::now() - begin_) * 2 / 5) {
     dissolved_.store(true, std::memory_order_relaxed);
     calls_alone.store(kCallsAlone, std::memory_order_relaxed);
   }

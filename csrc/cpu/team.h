@@ -35,6 +35,7 @@ class Team {
   std::atomic<int> arrived_{0};
   std::atomic<uint32_t> generation_{0};
   std::atomic<bool> dissolved_{false};
+  bool warm_ = false;
   Clock::time_point begin_;
   Clock::duration waited_{};  // of member 0, at barriers
 };
