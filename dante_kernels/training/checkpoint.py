@@ -8,17 +8,27 @@ import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from .history import History
 from .problem import Problem
 
-if TYPE_CHECKING:
-    from .trainer import Trainer
-
 MAGIC = b"dante_kernels checkpoint 1\n"  # then the SHA-256 of the rest, which is torch.save's
+
+
+class Resumable(Protocol):
+    """A run that can be put back to where it was: the trainer."""
+
+    device: torch.device
+    history: History
+
+    def state(self) -> dict[str, Any]:
+        """All that the run depends on, apart from data and settings."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a `state`."""
 
 
 @dataclass
@@ -48,7 +58,7 @@ class File:
         if self.path.is_dir():
             raise IsADirectoryError(f"checkpoint: expected a file, got the folder {str(self.path)!r}")
 
-    def load(self, trainer: Trainer) -> Position | None:
+    def load(self, trainer: Resumable) -> Position | None:
         """Put the trainer where the file left off; None where there is no file yet.
 
         Raises:
@@ -73,7 +83,7 @@ class File:
         trainer.history = History.from_dict(saved["history"])
         return Position(*saved["position"])
 
-    def save(self, trainer: Trainer, at: Position) -> None:
+    def save(self, trainer: Resumable, at: Position) -> None:
         """Write the trainer's state to a temporary file beside the checkpoint, then put it in its place."""
         content: dict[str, Any] = {
             "fingerprint": self.fingerprint,

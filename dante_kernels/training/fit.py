@@ -136,6 +136,8 @@ def fit(
     callbacks = _callbacks(callbacks)
     if loss == "cross_entropy" and net.n_out == 1:
         raise ValueError("loss: cross_entropy needs at least 2 outputs, the model has 1; use binary_cross_entropy")
+    if schedule.finetune_epochs and torch.is_inference_mode_enabled():
+        raise ValueError("schedule: finetune_epochs needs gradients, which torch.inference_mode() does not allow")
     if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
         raise TypeError(f"checkpoint: expected a path, got {type(checkpoint).__name__}")
     if not isinstance(shuffle, bool):
