@@ -37,7 +37,8 @@ def softmax_tile(h, t, m_column, scale):
     total = tl.sum(e, axis=1)[:, None]
     p = tl.div_rn(e, tl.zeros_like(e) + total)
     mass = tl.sum(t, axis=1)[:, None]
-    entropy = tl.where(m_column[None, :] & (t != 0), t * (log_of_sum(total) - shifted), 0.0)
+    # A class without weight adds nothing, also at a logit of -inf; but NaN must come through.
+    entropy = tl.where(m_column[None, :] & ((t != 0) | (shifted != shifted)), t * (log_of_sum(total) - shifted), 0.0)
     return (p * mass - t) * scale, entropy
 
 
@@ -164,6 +165,6 @@ def softmax_rows(
         t = target_tile(p_target, x_row, m_x, column, column < n, stride_tr, stride_tc, n, CLASSES)
         shifted = h - peak[:, None]
         p = tl.div_rn(tl.exp(shifted), tl.zeros_like(shifted) + total[:, None])
-        acc_loss += tl.where(m_tile & (t != 0), t * (log_of_sum(total)[:, None] - shifted), 0.0)
+        acc_loss += tl.where(m_tile & ((t != 0) | (shifted != shifted)), t * (log_of_sum(total)[:, None] - shifted), 0.0)
         tl.store(p_h + row + column[None, :], (p * mass[:, None] - t) * scale * g, mask=m_tile)
     tl.store(p_loss + position, tl.sum(acc_loss, axis=1), mask=m_row)
