@@ -311,7 +311,7 @@ def test_a_directory_that_takes_no_files_is_refused_before_training(dante, fits,
 
 
 def test_a_name_that_leaves_no_room_for_the_temporary_one_is_refused_before_training(dante, fits):
-    status, _, err = dante("train", *QUICK, "--output", "m" * 246)
+    status, _, err = dante("train", *QUICK, "--output", "m" * 252)
     assert status == 2
     assert "--output: cannot write" in err
     assert fits == []
