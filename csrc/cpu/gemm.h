@@ -109,11 +109,17 @@ inline void unpack(const Packed& packed, float* data, int64_t k_stride, int64_t 
   visit_packed(packed, data, k_stride, n_stride, [](float& to, const float& from) { to = from; });
 }
 
-// One tile: C[R, V * kLanes] = A[R, depth] B[depth, V * kLanes], or with `add` C += scale A B. A(m, k) is a[m * lda + k],
-// transposed a[k * lda + m].
+// What is done with a tile besides C = A B: C += scale A B, and with `squares` the squares of the sums are added to its V
+// vectors, element by element.
+struct Finish {
+  bool add = false;
+  float scale = 1;
+  float* squares = nullptr;
+};
+
+// One tile: C[R, V * kLanes] from A[R, depth] B[depth, V * kLanes]. A(m, k) is a[m * lda + k], transposed a[k * lda + m].
 template <bool kTransposed, int R, int V>
-void tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add,
-          float scale) {
+void tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, Finish finish) {
   Vec acc[R][V] = {};
   for (int64_t k = 0; k < depth; ++k, b += ldb) {
     Vec right[V];
@@ -129,12 +135,21 @@ void tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ld
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       float* out = c + m * ldc + v * kLanes;
-      store(out, add ? fma(broadcast(scale), acc[m][v], load(out)) : acc[m][v]);
+      if (finish.add) acc[m][v] = fma(broadcast(finish.scale), acc[m][v], load(out));
+      store(out, acc[m][v]);
     }
+  }
+  if (!finish.squares) return;
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    Vec sum = load(finish.squares + v * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < R; ++m) sum = fma(acc[m][v], acc[m][v], sum);
+    store(finish.squares + v * kLanes, sum);
   }
 }
 
-using Tile = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool, float);
+using Tile = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, Finish);
 
 // The tiles of 1..kRows rows and 1..kVectors vectors, rows first.
 template <bool kTransposed, int... I>
@@ -142,23 +157,44 @@ constexpr std::array<Tile, sizeof...(I)> make_tiles(std::integer_sequence<int, I
   return {tile<kTransposed, I / kVectors + 1, I % kVectors + 1>...};
 }
 
+// Rows of C whose squares are summed together, and rows of C that are done before the next ones where A is transposed: so
+// many columns of A, a batch deep, stay in the L2 cache for all panels of B. Multiples of every kRows.
+constexpr int64_t kGroup = 48, kBlock = 4 * kGroup;
+
 // C[M, N] = A[M, K] B[K, N], or with `add` C += scale A B; A is row-major with leading dimension lda, or A^T is
-// (kTransposed).
+// (kTransposed). With `squares`, element i of which is set, the sums of the squares of C's rows kGroup i .. kGroup (i + 1).
 template <bool kTransposed>
-void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, Panels b, Panels c, bool add, float scale = 1) {
+void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, Panels b, Panels c, bool add, float scale = 1,
+          double* squares = nullptr) {
   static constexpr auto tiles = make_tiles<kTransposed>(std::make_integer_sequence<int, kRows * kVectors>());
   const int64_t a_m = kTransposed ? 1 : lda, a_k = kTransposed ? lda : 1;
-  for (int64_t panel = 0; panel * kPanel < N; ++panel) {
-    const int64_t vectors = std::min<int64_t>(kVectors, ceil_div(N - panel * kPanel, kLanes));
-    const float* b_panel = b.data + panel * b.panel_stride;
-    float* c_panel = c.data + panel * c.panel_stride;
-    for (int64_t k = 0; k < K; k += kDepth) {
-      const int64_t depth = std::min(kDepth, K - k);
-      for (int64_t m = 0; m < M; m += kRows) {
-        const int64_t rows = std::min<int64_t>(kRows, M - m);
-        tiles[static_cast<size_t>((rows - 1) * kVectors + vectors - 1)](
-            depth, a + m * a_m + k * a_k, lda, b_panel + k * b.row_stride, b.row_stride, c_panel + m * c.row_stride,
-            c.row_stride, add || k > 0, scale);
+  const int64_t block = kTransposed ? kBlock : M, group = kTransposed ? kGroup : M;
+  if (squares) std::fill_n(squares, ceil_div(M, kGroup), 0.0);
+  for (int64_t first = 0; first < M; first += block) {
+    const int64_t last = std::min(first + block, M);
+    for (int64_t panel = 0; panel * kPanel < N; ++panel) {
+      const int64_t vectors = std::min<int64_t>(kVectors, ceil_div(N - panel * kPanel, kLanes));
+      const float* b_panel = b.data + panel * b.panel_stride;
+      float* c_panel = c.data + panel * c.panel_stride;
+      float sums[kBlock / kGroup][kPanel] = {};
+      for (int64_t k = 0; k < K; k += kDepth) {
+        const int64_t depth = std::min(kDepth, K - k);
+        const bool summed = squares && k + depth == K;
+        for (int64_t begin = first; begin < last; begin += group) {
+          // Rows are dealt out evenly: a tile of few rows waits for the latency of its own sums.
+          int64_t m = begin;
+          for (int64_t left = ceil_div(std::min(group, last - begin), kRows); left > 0; --left) {
+            const int64_t rows = (std::min(begin + group, last) - m + left - 1) / left;
+            tiles[static_cast<size_t>((rows - 1) * kVectors + vectors - 1)](
+                depth, a + m * a_m + k * a_k, lda, b_panel + k * b.row_stride, b.row_stride, c_panel + m * c.row_stride,
+                c.row_stride, {add || k > 0, scale, summed ? sums[(begin - first) / kGroup] : nullptr});
+            m += rows;
+          }
+        }
+      }
+      if (!squares) continue;
+      for (int64_t begin = first; begin < last; begin += kGroup) {
+        for (const float sum : sums[(begin - first) / kGroup]) squares[begin / kGroup] += sum;
       }
     }
   }

@@ -22,7 +22,10 @@ struct GramSums {
 inline void dot_block(const float* const (&a)[kGramBlock], const float* const (&b)[kGramWidth], int64_t n,
                       double (&out)[kGramBlock][kGramWidth]) {
   constexpr int64_t kColumns = 16 * kLanes;
-  for (auto& row : out) std::fill(std::begin(row), std::end(row), 0.0);
+  constexpr int kHalf = kLanes / 2;
+  typedef float Half __attribute__((vector_size(kHalf * 4)));
+  typedef double Wide __attribute__((vector_size(kHalf * 8)));
+  Wide sums[kGramBlock][kGramWidth] = {};
   for (int64_t begin = 0; begin < n; begin += kColumns) {
     const int64_t end = std::min(begin + kColumns, n);
     Vec acc[kGramBlock][kGramWidth] = {};
@@ -36,8 +39,16 @@ inline void dot_block(const float* const (&a)[kGramBlock], const float* const (&
     }
     for (int i = 0; i < kGramBlock; ++i) {
       for (int j = 0; j < kGramWidth; ++j) {
-        for (int lane = 0; lane < kLanes; ++lane) out[i][j] += acc[i][j][lane];
+        Half halves[2];
+        std::memcpy(halves, &acc[i][j], sizeof halves);
+        sums[i][j] += __builtin_convertvector(halves[0], Wide) + __builtin_convertvector(halves[1], Wide);
       }
+    }
+  }
+  for (int i = 0; i < kGramBlock; ++i) {
+    for (int j = 0; j < kGramWidth; ++j) {
+      out[i][j] = 0;
+      for (int lane = 0; lane < kHalf; ++lane) out[i][j] += sums[i][j][lane];
     }
   }
 }

@@ -11,7 +11,7 @@ namespace {
 
 // Rows that go through the chain at a time: bounds the workspace for any batch size, and keeps a chunk of activations
 // in the L2 cache. A multiple of the product's block of K, so that a batch's chunks add up as its blocks do.
-constexpr int64_t kChunk = 4 * kDepth;
+constexpr int64_t kChunk = 2 * kDepth;
 
 struct Range {
   int64_t begin, end;
@@ -119,10 +119,6 @@ inline void descend(float* w, float* velocity, const float* g, int64_t n, const 
   }
 }
 
-// Rows of G^T and W^T (inputs) that a member takes together; the norm's partial sums are over such blocks, whatever the
-// number of members. A multiple of every kRows.
-constexpr int64_t kInputs = 48;
-
 // All that a pass keeps from step to step, allocated once: packed weights, the gradient, one chunk of activations. The
 // members of a team call its functions side by side, each on its own share, with a barrier between those that follow on
 // each other; every number is computed in the same way whichever member does it.
@@ -135,11 +131,11 @@ class Pass {
         x_(chunk_, problem.x.cols),
         grad_weight_(problem.x.cols, problem.layers[0].weight.rows),
         grad_bias_(static_cast<size_t>(problem.layers[0].weight.rows)),
-        squares_(static_cast<size_t>(ceil_div(problem.x.cols, kInputs))),
+        squares_(static_cast<size_t>(ceil_div(problem.x.cols, kGroup))),
         row_losses_(static_cast<size_t>(chunk_)),
         gram_(static_cast<size_t>(ceil_div(kGramRows, kGramBlock))) {
     for (const Layer& layer : problem.layers) stages_.emplace_back(layer, !stages_.empty(), chunk_);
-    for (int i = 0; i < team.size(); ++i) scratch_.emplace_back(static_cast<size_t>(2 * n_last()));
+    for (int i = 0; i < team.most(); ++i) scratch_.emplace_back(static_cast<size_t>(2 * n_last()));
   }
 
   Stage& active() { return stages_.front(); }
@@ -150,21 +146,18 @@ class Pass {
   // saves writing, squaring and reading G. The factor is measured (bench/cpu_epoch.py).
   bool prefers_gram(int64_t rows) const { return rows <= kGramRows && rows * rows <= 8 * active_width(); }
 
-  // The loss and G = D^T X of visits first .. first + rows, with the sums of squares. Ends on a barrier.
-  double loss_and_gradient(Team& team, int member, int64_t first, int64_t rows) {
-    double sum = 0;
-    for (int64_t done = 0; done < rows; done += kChunk) {
-      const int64_t count = std::min(kChunk, rows - done);
-      sum += loss_and_residual(team, member, first + done, count, rows);
-      gradient(member, count, done > 0, done + count == rows);
-      team.barrier(member);
-    }
-    return sum * loss_factor(problem_.loss, rows, n_last());
+  // G = D^T X of one chunk of a batch of `rows` rows, added to that of the chunks before, where `done` rows are behind it; with
+  // the batch's last chunk also the sums of squares. Gives the chunk's share of the loss, unscaled. Ends on a barrier.
+  double loss_and_gradient(Team& team, int member, int64_t first, int64_t count, int64_t done, int64_t rows) {
+    const double loss = loss_and_residual(team, member, first, count, rows);
+    gradient(member, count, done > 0, done + count == rows);
+    team.barrier(member);
+    return loss;
   }
 
   // h, g and D of all layers for one chunk, and its share of the loss, unscaled. Ends on a barrier.
   double loss_and_residual(Team& team, int member, int64_t first, int64_t count, int64_t rows_in_batch) {
-    const Range rows = share(count, kRows, member, team_.size());
+    const Range rows = share(count, 1, member, team_.size());
     gather_rows(problem_.x, first + rows.begin, rows.size(), x_, rows.begin);
     forward(rows);
     residual(member, first, rows, rows_in_batch);
@@ -176,13 +169,15 @@ class Pass {
   // A member's part of G^T (+)= X^T D, in the layout of the packed weight, and of the column sums of D; with `last` also
   // the squares.
   void gradient(int member, int64_t rows, bool add, bool last) {
-    const Range inputs = share(x_.cols, kInputs, member, team_.size());
+    const Range inputs = share(x_.cols, kGroup, member, team_.size());
     gemm<true>(inputs.size(), active_width(), rows, x_.row(0) + inputs.begin, x_.ld, active().d.panels(),
-               grad_weight_.panels().from(inputs.begin), add);
+               grad_weight_.panels().from(inputs.begin), add, 1, last ? squares_.data() + inputs.begin / kGroup : nullptr);
     bias_gradient(member, rows, add);
     if (!last) return;
-    for (int64_t first = inputs.begin; first < inputs.end; first += kInputs) {
-      squares_[static_cast<size_t>(first / kInputs)] = square_sum(grad_weight_, first, std::min(kInputs, inputs.end - first));
+    for (int64_t first = inputs.begin; first < inputs.end; first += kGroup) {
+      double& sum = squares_[static_cast<size_t>(first / kGroup)];
+      // The float32 sums of the product hold where neither they nor the squares that matter over- or underflow.
+      if (!(sum > 1e-25 && sum < 1e30)) sum = square_sum(grad_weight_, first, std::min(kGroup, inputs.end - first));
     }
   }
 
@@ -227,7 +222,7 @@ class Pass {
 
   // A member's part of W <- W + scale G, as one product of rank `rows`, without G.
   void rank_update(int member, int64_t rows, float scale) {
-    const Range inputs = share(x_.cols, kInputs, member, team_.size());
+    const Range inputs = share(x_.cols, kGroup, member, team_.size());
     gemm<true>(inputs.size(), active_width(), rows, x_.row(0) + inputs.begin, x_.ld, active().d.panels(),
                active().weight.panels().from(inputs.begin), true, scale);
   }
@@ -235,7 +230,7 @@ class Pass {
   // Calls body(offset, count) for the runs of consecutive numbers that are a member's share of the packed weight.
   template <typename Body>
   void for_own_weights(int member, Body body) const {
-    const Range inputs = share(x_.cols, kInputs, member, team_.size());
+    const Range inputs = share(x_.cols, kGroup, member, team_.size());
     const Panels panels = grad_weight_.panels();
     for (int64_t j = 0; j < grad_weight_.width; j += kPanel) {
       body(j / kPanel * panels.panel_stride + inputs.begin * panels.row_stride, inputs.size() * panels.row_stride);

@@ -7,26 +7,28 @@
 namespace dante {
 namespace {
 
-// As many members as help: none that would have less than some 10 microseconds of work between two barriers.
-inline int members(int threads, int64_t rows, int64_t flops_per_row) {
-  constexpr int64_t kFlops = 1 << 20;
-  return static_cast<int>(std::clamp<int64_t>(rows * flops_per_row / kFlops, 1, threads));
+// As many members as help: none that would have less than some 10 microseconds of work between two barriers, or 200 in all.
+inline int members(int threads, int64_t rows, int64_t visits, int64_t flops_per_row) {
+  constexpr int64_t kFlops = int64_t{1} << 20, kCallFlops = int64_t{1} << 24;
+  const int64_t most = std::min(rows * flops_per_row / kFlops, visits * flops_per_row / kCallFlops);
+  return static_cast<int>(std::clamp<int64_t>(most, 1, threads));
 }
 
-// h = phi(x W^T + bias), rows in chunks, into row-major `out` (visits, n_out).
+// h = phi(x W^T + bias), rows in chunks, into row-major `out` (visits, n_out). Members take the next chunk that is left.
 void forward(const Layer& layer, const Input& x, float* out, int threads) {
   const int64_t n = layer.weight.rows;
   const Packed weight = pack_forward(layer.weight);
   const std::vector<float> bias = dense(layer.bias);
-  Team team(members(threads, x.visits, 2 * n * x.cols));
   const int64_t chunk = std::min(x.visits, kChunk);
+  std::atomic<int64_t> taken{0};
+  Team team(members(threads, x.visits, x.visits, 2 * n * x.cols), true);
   std::vector<std::pair<Dense, Dense>> scratch;
-  for (int i = 0; i < team.size(); ++i) scratch.emplace_back(Dense(chunk, x.cols), Dense(chunk, n));
-  team.run([&](int member) {
-    const Range own = share(x.visits, kChunk, member, team.size());
+  for (int i = 0; i < team.most(); ++i) scratch.emplace_back(Dense(chunk, x.cols), Dense(chunk, n));
+  team.run([&](int member, int64_t) {
     const auto& [input, z] = scratch[static_cast<size_t>(member)];
-    for (int64_t first = own.begin; first < own.end; first += kChunk) {
-      const int64_t rows = std::min(kChunk, own.end - first);
+    int64_t first;
+    while ((first = taken.fetch_add(kChunk, std::memory_order_relaxed)) < x.visits) {
+      const int64_t rows = std::min(kChunk, x.visits - first);
       gather_rows(x, first, rows, input, 0);
       gemm<false>(rows, n, x.cols, input.row(0), input.ld, weight.panels(), z.panels(), false);
       for (int64_t r = 0; r < rows; ++r) {
@@ -46,7 +48,7 @@ inline int64_t step_flops(const Problem& problem) {
 // SNGD over mini-batches. Weight and velocity live packed for the whole pass and go back, bit for bit, at its end.
 void epoch(const Problem& problem, const Update& update, int64_t batch, float* losses, float* norms, int threads) {
   const int64_t visits = problem.x.visits;
-  Team team(members(threads, std::min(batch, visits), step_flops(problem)));
+  Team team(members(threads, std::min(batch, visits), visits, step_flops(problem)));
   Pass pass(problem, batch, team);
   Stage& layer = pass.active();
   Packed velocity;
@@ -79,15 +81,16 @@ void epoch(const Problem& problem, const Update& update, int64_t batch, float* l
       }
     });
   };
-  team.run([&](int member) {
-    int64_t step = 0;
-    for (int64_t first = 0, rows; first < visits; first += rows, ++step) {
-      rows = std::min(batch, visits - first);
-      double loss;
-      std::optional<float> norm;
+  double loss = 0;  // member 0's
+  team.run([&](int member, int64_t start) {
+    for (int64_t first = start, count; first < visits; first += count) {
+      const int64_t step = first / batch, done = first % batch, rows = std::min(batch, visits - step * batch);
+      count = std::min(kChunk, rows - done);
       bool by_gram = false;
+      std::optional<float> norm;
+      double chunk_loss;
       if (!v.data && pass.prefers_gram(rows)) {
-        loss = pass.loss_and_residual(team, member, first, rows, rows) * pass.loss_scale(rows);
+        chunk_loss = pass.loss_and_residual(team, member, first, count, rows);
         pass.gram(member, rows);
         pass.bias_gradient(member, rows, false);
         team.barrier(member);
@@ -98,22 +101,25 @@ void epoch(const Problem& problem, const Update& update, int64_t batch, float* l
           team.barrier(member);
         }
       } else {
-        loss = pass.loss_and_gradient(team, member, first, rows);
+        chunk_loss = pass.loss_and_gradient(team, member, first, count, done, rows);
       }
-      if (!by_gram) norm = pass.norm();
-      if (*norm > 0 && std::isfinite(*norm)) {
-        if (by_gram) {
-          pass.rank_update(member, rows, -(update.lr / *norm));
-        } else {
-          update_weight(member, Normalizer(*norm));
+      if (member == 0) loss = (done ? loss : 0) + chunk_loss;
+      if (done + count == rows) {
+        if (!by_gram) norm = pass.norm();
+        if (*norm > 0 && std::isfinite(*norm)) {
+          if (by_gram) {
+            pass.rank_update(member, rows, -(update.lr / *norm));
+          } else {
+            update_weight(member, Normalizer(*norm));
+          }
+          if (member == 0) update_bias(Normalizer(*norm));
         }
-        if (member == 0) update_bias(Normalizer(*norm));
+        if (member == 0) {
+          losses[step] = static_cast<float>(loss * pass.loss_scale(rows));
+          norms[step] = *norm;
+        }
       }
-      if (member == 0) {
-        losses[step] = static_cast<float>(loss);
-        norms[step] = *norm;
-      }
-      if (!team.stays(member)) return;
+      if (!team.stays(member, first + count)) return;
     }
   });
   const Matrix& w = problem.layers[0].weight;
@@ -127,9 +133,16 @@ void epoch(const Problem& problem, const Update& update, int64_t batch, float* l
 
 // The gradient of all rows as one batch.
 void gradient(const Problem& problem, Matrix grad_weight, Vector grad_bias, float* norm, int threads) {
-  Team team(members(threads, problem.x.visits, step_flops(problem)));
-  Pass pass(problem, problem.x.visits, team);
-  team.run([&](int member) { pass.loss_and_gradient(team, member, 0, problem.x.visits); });
+  const int64_t visits = problem.x.visits;
+  Team team(members(threads, visits, visits, step_flops(problem)));
+  Pass pass(problem, visits, team);
+  team.run([&](int member, int64_t start) {
+    for (int64_t first = start, count; first < visits; first += count) {
+      count = std::min(kChunk, visits - first);
+      pass.loss_and_gradient(team, member, first, count, first, visits);
+      if (!team.stays(member, first + count)) return;
+    }
+  });
   unpack(pass.grad_weight(), grad_weight.data, grad_weight.col_stride, grad_weight.row_stride);
   if (grad_bias.data) {
     for (int64_t j = 0; j < grad_bias.size; ++j) {

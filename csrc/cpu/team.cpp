@@ -1,19 +1,43 @@
 #include "team.h"
 
+#include <algorithm>
+#include <limits>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace dante {
 namespace {
 
-constexpr int kSpins = 2000;  // some 20 to 50 microseconds, about what it costs to give up the core and get it back
+using Clock = std::chrono::steady_clock;
 
-// A team is dissolved where member 0 waited for more than this and for two fifths of the time since the grace of its first
-// steps (a new thread's first milliseconds may go by before it is given a core of its own). The next calls then do without one,
-// and the one after them tries again.
-constexpr auto kPatience = std::chrono::milliseconds(1), kGrace = std::chrono::milliseconds(8);
-constexpr int kCallsAlone = 15;
-std::atomic<int> calls_alone{0};
+constexpr int kSpins = 2000;  // some 20 to 50 microseconds, about what it costs to give up the core and get it back
+constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+
+// What a calling thread has learned of the machine: how much of the last teams' time it spent on waiting for its helpers.
+// Judged by windows of working time, from call to call; too much of it, and there is a pause without helpers, at first as
+// long as two windows, then twice as long whenever the try after it fails again.
+struct Judge {
+  static constexpr Clock::duration kWindow = std::chrono::milliseconds(8), kLongest = 128 * kWindow;
+
+  Clock::duration worked{0}, waited{0}, pause = 2 * kWindow;
+  Clock::time_point pause_end;
+
+  void add(Clock::duration work, Clock::duration wait) {
+    worked += work;
+    waited += wait;
+    if (worked < kWindow) return;
+    if (waited > worked * 2 / 5) {
+      pause_end = Clock::now() + pause;
+      pause = std::min(2 * pause, kLongest);
+    } else {
+      pause = 2 * kWindow;
+    }
+    worked = waited = {};
+  }
+  bool pauses() const { return Clock::now() < pause_end; }
+};
+thread_local Judge judge;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -23,32 +47,38 @@ inline void pause() {
 
 }  // namespace
 
-Team::Team(int wanted) : size_(wanted) {
-  if (wanted > 1 && calls_alone.load(std::memory_order_relaxed) > 0) {
-    calls_alone.fetch_sub(1, std::memory_order_relaxed);
-    size_ = 1;
-  }
-}
+Team::Team(int wanted, bool at_once)
+    : most_(wanted > 1 && judge.pauses() ? 1 : wanted), at_once_(at_once), start_(at_once ? 0 : -1) {}
 
-void Team::run(const std::function<void(int)>& body) {
-  std::atomic<int> start{0};  // 1: go, -1: a thread could not be had
-  std::vector<std::thread> threads;
-  const auto wait_then_work = [&](int member) {
-    int go;
-    while ((go = start.load(std::memory_order_acquire)) == 0) std::this_thread::yield();
-    if (go > 0) body(member);
+void Team::run(const std::function<void(int, int64_t)>& body) {
+  const auto help = [&](int member) {
+    for (int64_t start = -1, last = -1;; last = start) {
+      ready_.fetch_add(1, std::memory_order_relaxed);
+      for (int tries = 0; (start = start_.load(std::memory_order_acquire)) <= last; ++tries) {
+        if (tries < kSpins) {
+          std::this_thread::yield();
+        } else {
+          std::this_thread::sleep_for(std::chrono::microseconds(100));
+        }
+      }
+      if (start == kNever) return;
+      body(member, start);
+    }
   };
-  try {
-    for (int member = 1; member < size_; ++member) threads.emplace_back(wait_then_work, member);
-  } catch (...) {
-    start.store(-1, std::memory_order_release);
-    for (std::thread& thread : threads) thread.join();
-    throw;
-  }
   begin_ = Clock::now();
-  start.store(1, std::memory_order_release);
-  body(0);
+  std::vector<std::thread> threads;
+  threads.reserve(static_cast<size_t>(most_ - 1));
+  try {
+    for (int member = 1; member < most_; ++member) threads.emplace_back(help, member);
+  } catch (const std::system_error&) {  // no more threads
+  }
+  helpers_ = static_cast<int>(threads.size());
+  body(0, 0);
+  const Clock::time_point end = Clock::now();
+  if (size_ == 1 && !at_once_) begin_ = end;
+  start_.store(kNever, std::memory_order_release);
   for (std::thread& thread : threads) thread.join();
+  if (helpers_ > 0) judge.add(Clock::now() - begin_, waited_ + (Clock::now() - end));
 }
 
 void Team::barrier(int member) {
@@ -70,20 +100,26 @@ void Team::barrier(int member) {
   if (member == 0) waited_ += Clock::now() - arrival;
 }
 
-bool Team::stays(int member) {
-  if (size_ == 1) return true;
-  if (member == 0 && !warm_) {
-    warm_ = Clock::now() - begin_ > kGrace;
-    if (warm_) begin_ = Clock::now(), waited_ = {};
-  } else if (member == 0 && waited_ > kPatience && waited_ > (Clock::now() - begin_) * 2 / 5) {
-    dissolved_.store(true, std::memory_order_relaxed);
-    calls_alone.store(kCallsAlone, std::memory_order_relaxed);
+bool Team::stays(int member, int64_t next) {
+  if (size_ > 1) {
+    if (member == 0 && Clock::now() - begin_ > Judge::kWindow) {
+      const Clock::time_point now = Clock::now();
+      judge.add(now - begin_, waited_);
+      begin_ = now;
+      waited_ = {};
+      leave_ = judge.pauses();
+      if (leave_) ready_.store(0, std::memory_order_relaxed);
+    }
+    barrier(member);
+    if (!leave_) return true;
+    if (member != 0) return false;
+    size_ = 1;  // the helpers pass the barrier by its generation alone
+  } else if (helpers_ > 0 && ready_.load(std::memory_order_relaxed) == helpers_ && !judge.pauses()) {
+    size_ = helpers_ + 1;
+    leave_ = false;
+    begin_ = Clock::now();
+    start_.store(next, std::memory_order_release);
   }
-  barrier(member);
-  if (!dissolved_.load(std::memory_order_relaxed)) return true;
-  if (member != 0) return false;
-  // The others have read all that they needed: they passed the barrier's generation, and leave without another.
-  size_ = 1;
   return true;
 }
 

@@ -8,36 +8,43 @@
 
 namespace dante {
 
+// The work is a sequence of positions from 0 on, done in pieces; a piece gives the same bits whatever the size of the team
+// that does it. So the caller never waits for its helpers to be given a core: it works alone until they run, and where it
+// waits for them too much, since something else keeps a core busy, it goes on alone and asks them again later.
 class Team {
  public:
-  // Of `wanted` members; of one while the last teams found that the machine's cores are busy with something else.
-  explicit Team(int wanted);
+  // Of up to `wanted` members. `at_once`: helpers begin at position 0 whenever they are there, and share the work without
+  // barrier() and stays().
+  explicit Team(int wanted, bool at_once = false);
+
+  // How many members there can be, and how many work side by side now. The latter changes only in between pieces.
+  int most() const { return most_; }
   int size() const { return size_; }
 
-  // Runs body(member) for members 0 .. size - 1, member 0 on the calling thread, and returns when all are done. The
-  // threads live as long as the call: nothing stays behind for a fork() to break, and starting one costs less than a
-  // step. Where the system gives no more threads, throws before any work is done.
-  void run(const std::function<void(int)>& body);
+  // Runs body(member, position): for member 0 on the calling thread from position 0 on, for every helper on a thread of its
+  // own from where it joins. Returns when all are done. The threads live as long as the call: nothing stays behind for a
+  // fork() to break. Where the system gives no more threads, those that there are do the work.
+  void run(const std::function<void(int, int64_t)>& body);
 
   // Returns once every member has arrived; what each wrote before is then visible to all. Waits by spinning for a while
-  // (a step's phases are microseconds apart), then lets other threads have the core, which matters when one of them is
-  // the very member that is waited for.
+  // (the phases of a piece are microseconds apart), then lets other threads have the core, which matters when one of them
+  // is the very member that is waited for.
   void barrier(int member);
 
-  // Whether this member goes on after a barrier that ends a step. False where member 0 found that it waits for the
-  // others for most of the time, since another process keeps a core busy: then they leave, and it goes on alone.
-  bool stays(int member);
+  // Ends a piece, of which every member has passed a barrier; `next` is the position behind it. Whether this member goes on
+  // with the next piece: a helper may be asked to leave.
+  bool stays(int member, int64_t next);
 
  private:
   using Clock = std::chrono::steady_clock;
 
-  int size_;
-  std::atomic<int> arrived_{0};
+  int most_, size_ = 1, helpers_ = 0;
+  bool at_once_, leave_ = false;
+  std::atomic<int64_t> start_;  // where helpers join that have not been there yet
+  std::atomic<int> ready_{0}, arrived_{0};
   std::atomic<uint32_t> generation_{0};
-  std::atomic<bool> dissolved_{false};
-  bool warm_ = false;
-  Clock::time_point begin_;
-  Clock::duration waited_{};  // of member 0, at barriers
+  Clock::time_point begin_;    // of the team's present window
+  Clock::duration waited_{0};  // of member 0, at barriers since then
 };
 
 }  // namespace dante
