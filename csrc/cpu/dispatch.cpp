@@ -17,7 +17,11 @@ const Kernels& choose() {
   if (wanted == "generic") return kernels_generic;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef DANTE_EMULATE_AVX512
+  const bool avx512 = avx2 && wanted == "avx512";
+#else
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f");
+#endif
   if (avx512 && wanted != "avx2") return kernels_avx512;
   if (avx2 && wanted != "avx512") return kernels_avx2;
 #endif

@@ -1,10 +1,14 @@
 #include "team.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <limits>
-#include <system_error>
 #include <thread>
-#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 namespace dante {
 namespace {
@@ -39,6 +43,17 @@ struct Judge {
 };
 thread_local Judge judge;
 
+// Whether this process was forked from one that had used the pool: its threads are then not here, and asking for them may
+// wait forever (as it does in torch's own operators).
+bool forked = false;
+bool pool_is_lost() {
+#if defined(__unix__) || defined(__APPLE__)
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  static_cast<void>(registered);
+#endif
+  return forked;
+}
+
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -48,9 +63,10 @@ inline void pause() {
 }  // namespace
 
 Team::Team(int wanted, bool at_once)
-    : most_(wanted > 1 && judge.pauses() ? 1 : wanted), at_once_(at_once), start_(at_once ? 0 : -1) {}
+    : most_(wanted > 1 && (pool_is_lost() || judge.pauses()) ? 1 : wanted), at_once_(at_once), start_(at_once ? 0 : -1) {}
 
 void Team::run(const std::function<void(int, int64_t)>& body) {
+  if (most_ == 1) return body(0, 0);
   const auto help = [&](int member) {
     for (int64_t start = -1, last = -1;; last = start) {
       ready_.fetch_add(1, std::memory_order_relaxed);
@@ -66,18 +82,16 @@ void Team::run(const std::function<void(int, int64_t)>& body) {
     }
   };
   begin_ = Clock::now();
-  std::vector<std::thread> threads;
-  threads.reserve(static_cast<size_t>(most_ - 1));
-  try {
-    for (int member = 1; member < most_; ++member) threads.emplace_back(help, member);
-  } catch (const std::system_error&) {  // no more threads
-  }
-  helpers_ = static_cast<int>(threads.size());
-  body(0, 0);
-  const Clock::time_point end = Clock::now();
-  if (size_ == 1 && !at_once_) begin_ = end;
-  start_.store(kNever, std::memory_order_release);
-  for (std::thread& thread : threads) thread.join();
+  Clock::time_point end;
+  // The pool deals out ranges of members, of one member each unless it has too few threads or this call came from one.
+  torch::stable::parallel_for(0, most_, 1, [&](int64_t first, int64_t last) {
+    if (first > 0) return help(static_cast<int>(first));
+    helpers_ = last == 1 ? most_ - 1 : 0;
+    body(0, 0);
+    end = Clock::now();
+    if (size_ == 1 && !at_once_) begin_ = end;
+    start_.store(kNever, std::memory_order_release);
+  });
   if (helpers_ > 0) judge.add(Clock::now() - begin_, waited_ + (Clock::now() - end));
 }
 

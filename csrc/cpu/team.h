@@ -1,4 +1,4 @@
-// Threads that run one function side by side and meet at barriers.
+// Threads of torch's own pool that run one function side by side and meet at barriers.
 #pragma once
 
 #include <atomic>
@@ -21,9 +21,8 @@ class Team {
   int most() const { return most_; }
   int size() const { return size_; }
 
-  // Runs body(member, position): for member 0 on the calling thread from position 0 on, for every helper on a thread of its
-  // own from where it joins. Returns when all are done. The threads live as long as the call: nothing stays behind for a
-  // fork() to break. Where the system gives no more threads, those that there are do the work.
+  // Runs body(member, position): for member 0 on the calling thread from position 0 on, for every helper on a thread of the
+  // pool from where it joins. Returns when all are done. Where the pool has too few threads, the caller works alone.
   void run(const std::function<void(int, int64_t)>& body);
 
   // Returns once every member has arrived; what each wrote before is then visible to all. Waits by spinning for a while

@@ -1,6 +1,7 @@
 """What is special to the C++ kernels: threads, chunks of rows, the Gram norm, instruction sets, every small size."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -153,6 +154,55 @@ def test_calls_from_several_threads_do_not_disturb_each_other():
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(train, range(8)))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+def test_a_forked_process_trains_as_its_parent_does(threads):
+    """The pool's threads do not survive a fork; waiting for them would be for ever."""
+    threads(2)
+
+    def train():
+        problem = make_problem(seed=5, rows=1300, n_in=300, widths=(100, 10))
+        ops.sngd_epoch_(*problem.args[:4], None, 100, *problem.args[4:], 0.1, backend="cpp")
+        return problem.weight
+
+    expected = train()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if torch.equal(train(), expected) else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+MEMORY = """
+import resource, sys
+import torch
+from dante_kernels import ops
+rows, n_in, n_out, batch, threads = map(int, sys.argv[1:])
+torch.set_num_threads(threads)
+x, y = torch.rand(rows, n_in), torch.randint(0, 10, (rows,))
+order = torch.randperm(rows)
+w, b, u, c = torch.randn(n_out, n_in), torch.zeros(n_out), torch.randn(10, n_out), torch.zeros(10)
+suffix = [ops.Layer(u, c, "relu")]
+run = lambda n: ops.sngd_epoch_(w, b, x, y, order[:n], min(n, batch), suffix, "relu", "mse", 0.1, backend="cpp")
+run(1)  # code and libraries
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(rows)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory as Linux gives it")
+@pytest.mark.parametrize(
+    ("rows", "n_in", "n_out", "batch"), [(100_000, 200, 100, 100), (60_000, 300, 64, 60_000), (500, 2000, 1000, 100)]
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_memory_of_a_pass_is_its_layer_and_8_mib_a_thread(rows, n_in, n_out, batch, count):
+    arguments = map(str, (rows, n_in, n_out, batch, count))
+    done = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=True)
+    packed = 2 * 4 * 1.2 * n_in * n_out  # the weight and its gradient in the kernels' layout
+    assert float(done.stdout) * 1024 <= packed + count * 8 * 2**20
 
 
 def test_a_suffix_layer_may_appear_twice():

@@ -1,0 +1,71 @@
+"""The C++ kernels under AddressSanitizer and UBSan, on every instruction set; AVX-512 is emulated for processors without."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_cpu_kernels import SIZES
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+
+
+def runtime(name):
+    """The path of a sanitizer's shared library, or nothing where the compiler does not come with it."""
+    if sys.platform != "linux" or not shutil.which("g++"):
+        return None
+    path = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    return path if os.path.isabs(path) else None
+
+
+RUNTIMES = [runtime("libasan.so"), runtime("libubsan.so")]
+pytestmark = pytest.mark.skipif(None in RUNTIMES, reason="needs Linux with g++ and its sanitizers")
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A folder with a copy of the package whose extension is instrumented."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    shutil.copytree(ROOT / "dante_kernels", folder / "dante_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    flags = f"{FLAGS} -DDANTE_EMULATE_AVX512 -Wno-psabi"
+    environment = os.environ | {"DANTE_BUILD_EXT": "1", "CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": FLAGS}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", f"{folder}/objects", "--build-lib", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    library = folder / "dante_kernels" / "_C.abi3.so"
+    assert b"__asan_report_store" in library.read_bytes()
+    return folder
+
+
+def run(package, isa, *arguments):
+    """Python with the instrumented package; a report ends it with an error."""
+    environment = os.environ | {
+        "DANTE_CPU_ISA": isa,
+        "LD_PRELOAD": " ".join(RUNTIMES),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself keeps some to its end
+        "PYTHONPATH": str(package),
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=package, env=environment, capture_output=True, text=True, check=False
+    )
+    if f"{isa} was asked for, which this processor or build does not have" in done.stdout + done.stderr:
+        pytest.skip(f"this processor does not have {isa}")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+def test_the_operator_tests_run_clean(package, isa):
+    where = run(package, isa, "-c", "import dante_kernels; print(dante_kernels.__file__)")
+    assert where.startswith(str(package))
+    tests = [str(ROOT / "tests" / "ops" / name) for name in ("test_operators.py", "test_promises.py", "test_cpu_kernels.py")]
+    select = "(cpp or cpu_kernels) and not every_size and not instruction_set and not memory_of_a_pass"
+    options = ["-o", "addopts=", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-k", select]
+    assert " passed" in run(package, isa, "-m", "pytest", *options, *tests)
+
+
+def test_every_size_from_1_to_70_runs_clean_and_right_on_avx512(package):
+    assert float(run(package, "avx512", "-c", SIZES)) < 2e-6
