@@ -4,7 +4,8 @@
 
 Each thread count runs in a process of its own, bound to that many cores before anything is imported, since JAX takes as
 many threads as it sees. Each method's result is compared with a float64 pass before anything is timed; a method that
-computes something else is reported and not timed. Prints the median of samples/s with its spread, and the ratios.
+computes something else is reported and not timed. Prints the median of samples/s with its spread, the ratios, and for the
+C++ kernels the GFLOP/s with their part of what the cores can do (fma_peak.cpp, where there is a g++).
 `--isa avx2` and the like force the C++ kernels' instruction set.
 """
 
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -120,6 +123,21 @@ def work(widths: tuple[int, ...], batch: int, kind: str, rows: int) -> tuple[dic
     return {"C++": ours, **peers}, lambda name: truths[name](torch.float64)
 
 
+def fma_peak() -> float | None:
+    """GFLOP/s of fused multiply-adds on one core, or None without a compiler."""
+    if not shutil.which("g++"):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "fma_peak"
+        subprocess.run(["g++", "-O3", "-march=native", ROOT / "bench" / "fma_peak.cpp", "-o", program], check=True)
+        return float(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
+
+
+def step_flops(widths: tuple[int, ...], first: int) -> int:
+    """Operations a row of a step on layer `first` needs: two products for it and two for each layer of its suffix."""
+    return sum(4 * n_in * n_out for n_in, n_out in list(pairwise(widths))[first:])
+
+
 def measure(threads: int, rows: int, repeats: int) -> list[dict[str, Any]]:
     """One row for each workload and method, on as many cores as threads."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -127,6 +145,7 @@ def measure(threads: int, rows: int, repeats: int) -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(threads)
+    peak = fma_peak()
     table = []
     for name, widths, batch, kind in WORKLOADS:
         n = max(batch, rows if widths[0] < 3000 else rows // 4) // batch * batch
@@ -153,6 +172,9 @@ def measure(threads: int, rows: int, repeats: int) -> list[dict[str, Any]]:
                 row |= {"seconds": median, "p20": p20, "p80": p80, "samples_per_second": n * passes / median}
                 paired = [mine / theirs for mine, theirs in zip(samples[method], samples["C++"], strict=True)]
                 row["ratio"] = statistics.median(paired)
+                if method == "C++" and kind == "first layer":
+                    row["gflops"] = step_flops(widths, 0) * n / median / 1e9
+                    row["of_peak"] = peak and row["gflops"] / (peak * threads)
             table.append(row)
             print(json.dumps(row), flush=True)
     return table
@@ -160,15 +182,18 @@ def measure(threads: int, rows: int, repeats: int) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The table as Markdown; a ratio is the peer's time over ours, and a spread over 15 % is marked."""
-    print("| net | batch | what | threads | method | samples/s | ratio | spread |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| net | batch | what | threads | method | samples/s | ratio | spread | GFLOP/s, of peak |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for r in rows:
         head = f"| {r['net']} | {r['batch']} | {r['what']} | {r['threads']} | {r['method']} |"
         if not r["right"]:
-            print(f"{head} wrong result, not timed | | |")
+            print(f"{head} wrong result, not timed | | | |")
             continue
         spread = (r["p80"] - r["p20"]) / r["seconds"]
-        print(f"{head} {r['samples_per_second']:,.0f} | {r['ratio']:.2f} | {spread:.0%}{' (noisy)' if spread > 0.15 else ''} |")
+        rate = f"{r['gflops']:.0f}" if "gflops" in r else ""
+        rate += f", {r['of_peak']:.0%}" if r.get("of_peak") else ""
+        noisy = " (noisy)" if spread > 0.15 else ""
+        print(f"{head} {r['samples_per_second']:,.0f} | {r['ratio']:.2f} | {spread:.0%}{noisy} | {rate} |")
 
 
 def main() -> None:
