@@ -5,7 +5,7 @@
 Each thread count runs in a process of its own, bound to that many cores before anything is imported, since JAX takes as
 many threads as it sees. Each method's result is compared with a float64 pass before anything is timed; a method that
 computes something else is reported and not timed. Prints the median of samples/s with its spread, the ratios, and for the
-C++ kernels the GFLOP/s with their part of what the cores can do (fma_peak.cpp, where there is a g++).
+C++ kernels the GFLOP/s with their part of what the cores can do (cpu_product.cpp, where there is a g++).
 `--isa avx2` and the like force the C++ kernels' instruction set.
 """
 
@@ -123,14 +123,15 @@ def work(widths: tuple[int, ...], batch: int, kind: str, rows: int) -> tuple[dic
     return {"C++": ours, **peers}, lambda name: truths[name](torch.float64)
 
 
-def fma_peak() -> float | None:
-    """GFLOP/s of fused multiply-adds on one core, or None without a compiler."""
+def core_limits() -> dict[str, Any]:
+    """What one core can do, from cpu_product.cpp: its peak and the products alone, in GFLOP/s; empty without a compiler."""
     if not shutil.which("g++"):
-        return None
+        return {}
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "fma_peak"
-        subprocess.run(["g++", "-O3", "-march=native", ROOT / "bench" / "fma_peak.cpp", "-o", program], check=True)
-        return float(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
+        program = Path(folder) / "cpu_product"
+        flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", f"-I{ROOT / 'csrc' / 'cpu'}"]
+        subprocess.run(["g++", *flags, ROOT / "bench" / "cpu_product.cpp", "-o", program], check=True)
+        return json.loads(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
 
 
 def step_flops(widths: tuple[int, ...], first: int) -> int:
@@ -145,7 +146,9 @@ def measure(threads: int, rows: int, repeats: int) -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(threads)
-    peak = fma_peak()
+    limits = core_limits()
+    print(json.dumps(limits), file=sys.stderr)
+    peak = limits.get("peak")
     table = []
     for name, widths, batch, kind in WORKLOADS:
         n = max(batch, rows if widths[0] < 3000 else rows // 4) // batch * batch
