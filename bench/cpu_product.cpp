@@ -52,7 +52,11 @@ double peak() {
   volatile float used = 0;
   const double time = seconds(31, [&] {
     const Vec a = broadcast(0.999f), b = broadcast(0.001f);
-    Vec acc[kChains] = {};
+    Vec acc[kChains]; // different ones, or the compiler would keep only one
+                      // chain
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i)
+      acc[i] = broadcast(used + static_cast<float>(i));
     for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
       for (int i = 0; i < kChains; ++i)
