@@ -134,9 +134,11 @@ def core_limits() -> dict[str, Any]:
         return json.loads(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
 
 
-def step_flops(widths: tuple[int, ...], first: int) -> int:
-    """Operations a row of a step on layer `first` needs: two products for it and two for each layer of its suffix."""
-    return sum(4 * n_in * n_out for n_in, n_out in list(pairwise(widths))[first:])
+def row_flops(widths: tuple[int, ...], actives: range, epochs: int) -> int:
+    """Operations that DANTE needs for a row: for each active layer its prefix once, and in every epoch two products for it
+    and two for each layer of its suffix."""
+    sizes = [n_in * n_out for n_in, n_out in pairwise(widths)]
+    return sum(2 * sum(sizes[:active]) + 4 * epochs * sum(sizes[active:]) for active in actives)
 
 
 def measure(threads: int, rows: int, repeats: int) -> list[dict[str, Any]]:
@@ -164,8 +166,10 @@ def measure(threads: int, rows: int, repeats: int) -> list[dict[str, Any]]:
                 begin = time.perf_counter()
                 methods[method]()
                 samples[method].append(time.perf_counter() - begin)
-        passes = (5 if "T = 5" in kind else 1) * (len(widths) - 1 if kind != "first layer" else 1)
+        epochs = 5 if "T = 5" in kind else 1
         for method in methods:
+            every = kind != "first layer" and not method.endswith(", SGD")
+            passes = epochs * (len(widths) - 1 if every else 1)
             row: dict[str, Any] = {
                 "net": name, "batch": batch, "what": kind, "threads": threads, "method": method, "right": right[method],
             }  # fmt: skip
@@ -175,8 +179,9 @@ def measure(threads: int, rows: int, repeats: int) -> list[dict[str, Any]]:
                 row |= {"seconds": median, "p20": p20, "p80": p80, "samples_per_second": n * passes / median}
                 paired = [mine / theirs for mine, theirs in zip(samples[method], samples["C++"], strict=True)]
                 row["ratio"] = statistics.median(paired)
-                if method == "C++" and kind == "first layer":
-                    row["gflops"] = step_flops(widths, 0) * n / median / 1e9
+                if method == "C++":
+                    actives = range(len(widths) - 1 if kind != "first layer" else 1)
+                    row["gflops"] = row_flops(widths, actives, epochs) * n / median / 1e9
                     row["of_peak"] = peak and row["gflops"] / (peak * threads)
             table.append(row)
             print(json.dumps(row), flush=True)
@@ -209,6 +214,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the rows to this JSON file too")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.repeats < 2:
+        parser.error("--repeats: expected at least 2")
+    if not hasattr(os, "sched_setaffinity"):
+        parser.error("this benchmark binds processes to cores, which it can only do on Linux")
+    cores = len(os.sched_getaffinity(0))
+    if not all(1 <= threads <= cores for threads in arguments.threads):
+        parser.error(f"--threads: expected 1 to {cores}, as many as there are cores")
     if arguments.isa:
         os.environ["DANTE_CPU_ISA"] = arguments.isa
     if arguments.child:

@@ -1,10 +1,6 @@
-// What one core can do, and what the product of csrc/cpu/gemm.h gets out of it,
-// as one line of JSON: "peak", the GFLOP/s of independent chains of fused
-// multiply-adds, and for some shapes the GFLOP/s of a step's two products,
-// alone.
-//
-//     g++ -std=c++17 -O3 -march=native -ffp-contract=fast -I csrc/cpu
-//     bench/cpu_product.cpp -o cpu_product && ./cpu_product
+// What one core can do, and what the product of csrc/cpu/gemm.h gets out of it, as one line of JSON: "peak", the GFLOP/s of
+// independent chains of fused multiply-adds, and for some shapes the GFLOP/s of a step's two products, alone.
+// Compiled and run by cpu_epoch.py.
 #include <chrono>
 #include <cstdio>
 
@@ -22,28 +18,24 @@ constexpr int kLanes = 4, kRows = 6, kVectors = 2;
 #endif
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 
-inline Vec fma(Vec a, Vec b, Vec c) {
-  return a * b + c;
-} // one instruction where -ffp-contract=fast finds it
-} // namespace
-} // namespace dante
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // one instruction where -ffp-contract=fast finds it
+}  // namespace
+}  // namespace dante
 
 #include "gemm.h"
 
 namespace dante {
 namespace {
 
-template <typename Body> double seconds(int repeats, Body body) {
+template <typename Body>
+double seconds(int repeats, Body body) {
   std::vector<double> samples;
   for (int i = 0; i < repeats; ++i) {
     const auto begin = std::chrono::steady_clock::now();
     body();
-    samples.push_back(
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin)
-            .count());
+    samples.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
   }
-  std::nth_element(samples.begin(), samples.begin() + repeats / 2,
-                   samples.end());
+  std::nth_element(samples.begin(), samples.begin() + repeats / 2, samples.end());
   return samples[static_cast<size_t>(repeats / 2)];
 }
 
@@ -52,25 +44,22 @@ double peak() {
   volatile float used = 0;
   const double time = seconds(31, [&] {
     const Vec a = broadcast(0.999f), b = broadcast(0.001f);
-    Vec acc[kChains]; // different ones, or the compiler would keep only one
-                      // chain
+    Vec acc[kChains];  // different ones, or the compiler would keep only one
+                       // chain
 #pragma GCC unroll 12
-    for (int i = 0; i < kChains; ++i)
-      acc[i] = broadcast(used + static_cast<float>(i));
+    for (int i = 0; i < kChains; ++i) acc[i] = broadcast(used + static_cast<float>(i));
     for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
-      for (int i = 0; i < kChains; ++i)
-        acc[i] = fma(acc[i], a, b);
+      for (int i = 0; i < kChains; ++i) acc[i] = fma(acc[i], a, b);
     }
 #pragma GCC unroll 12
-    for (int i = 0; i < kChains; ++i)
-      used = used + acc[i][0];
+    for (int i = 0; i < kChains; ++i) used = used + acc[i][0];
   });
   return 2e-9 * kChains * kLanes * kSteps / time;
 }
 
-void products(int64_t rows, int64_t n_in, int64_t n_out, const char *end) {
-  constexpr int64_t kChunk = 2 * kDepth; // as in pass.h
+void products(int64_t rows, int64_t n_in, int64_t n_out, const char* end) {
+  constexpr int64_t kChunk = 2 * kDepth;  // as in pass.h
   Dense x(rows, n_in), h(rows, n_out), d(rows, n_out);
   Packed w(n_in, n_out), g(n_in, n_out);
   std::vector<double> squares(static_cast<size_t>(ceil_div(n_in, kGroup)));
@@ -78,25 +67,23 @@ void products(int64_t rows, int64_t n_in, int64_t n_out, const char *end) {
   const int repeats = std::max(9, static_cast<int>(10 / gflop));
   const double forward = seconds(repeats, [&] {
     for (int64_t r = 0; r < rows; r += kChunk) {
-      gemm<false>(std::min(kChunk, rows - r), n_out, n_in, x.row(r), x.ld,
-                  w.panels(), h.panels().from(r), false);
+      gemm<false>(std::min(kChunk, rows - r), n_out, n_in, x.row(r), x.ld, w.panels(), h.panels().from(r), false);
     }
   });
   const double gradient = seconds(repeats, [&] {
     for (int64_t r = 0; r < rows; r += kChunk) {
-      gemm<true>(n_in, n_out, std::min(kChunk, rows - r), x.row(r), x.ld,
-                 d.panels().from(r), g.panels(), r > 0, 1,
+      gemm<true>(n_in, n_out, std::min(kChunk, rows - r), x.row(r), x.ld, d.panels().from(r), g.panels(), r > 0, 1,
                  r + kChunk >= rows ? squares.data() : nullptr);
     }
   });
-  std::printf("{\"rows\": %d, \"n_in\": %d, \"n_out\": %d, \"forward\": %.1f, "
-              "\"gradient\": %.1f}%s",
-              static_cast<int>(rows), static_cast<int>(n_in),
-              static_cast<int>(n_out), gflop / forward, gflop / gradient, end);
+  std::printf(
+      "{\"rows\": %d, \"n_in\": %d, \"n_out\": %d, \"forward\": %.1f, "
+      "\"gradient\": %.1f}%s",
+      static_cast<int>(rows), static_cast<int>(n_in), static_cast<int>(n_out), gflop / forward, gflop / gradient, end);
 }
 
-} // namespace
-} // namespace dante
+}  // namespace
+}  // namespace dante
 
 int main() {
   std::printf("{\"peak\": %.1f, \"products\": [", dante::peak());

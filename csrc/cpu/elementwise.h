@@ -6,13 +6,50 @@
 namespace dante {
 namespace {
 
+using Bits = int32_t __attribute__((vector_size(kLanes * 4)));
+
+inline Vec magnitude(Vec z) { return (Vec)((Bits)z & 0x7fffffff); }
+
+// exp(x) for x <= 0, to about an ulp and down to denormal results: x = n ln 2 + r with a polynomial in r (Cephes' expf).
+// NaN stays NaN.
+inline Vec exp_of_negative(Vec x) {
+  x = x < -104.0f ? broadcast(-104.0f) : x;
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+  const Vec shifted = x * 1.44269504f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x));
+  Vec p = fma(broadcast(1.9875691500e-4f), r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  const Vec y = fma(p * r, r, r) + 1.0f;
+  // 2^n as two factors, since one alone would underflow before the product does.
+  const Bits exponent = (Bits)shifted - (Bits)magic, half = exponent >> 1;
+  const auto power = [](Bits e) { return (Vec)((e + 127) * (1 << 23)); };
+  return y * power(half) * power(exponent - half);
+}
+
 // sigmoid(z) and its derivative, both without cancellation: with e = exp(-|z|) they are 1 / (1 + e), or e / (1 + e) for
 // negative z, and e / (1 + e)^2.
-inline float sigmoid(float z, float* slope = nullptr) {
-  const float e = std::exp(-std::fabs(z));
-  const float inverse = 1.0f / (1.0f + e);
-  if (slope) *slope = e * inverse * inverse;
+inline Vec sigmoid(Vec z, Vec& slope) {
+  const Vec e = exp_of_negative(-magnitude(z));
+  const Vec inverse = 1.0f / (1.0f + e);
+  slope = e * inverse * inverse;
   return z < 0 ? e * inverse : inverse;
+}
+
+// tanh(z): an odd polynomial (Cephes' tanhf) below 0.625, where the other form would cancel; its derivative is
+// 1 - tanh(z)^2 = 4 sigmoid'(2 z), which does not cancel where tanh saturates.
+inline Vec tanh(Vec z, Vec& slope) {
+  const Vec s = z * z, e = exp_of_negative(-2.0f * magnitude(z)), inverse = 1.0f / (1.0f + e);
+  slope = 4.0f * e * inverse * inverse;
+  Vec p = fma(broadcast(-5.70498872745e-3f), s, broadcast(2.06390887954e-2f));
+  p = fma(p, s, broadcast(-5.37397155531e-2f));
+  p = fma(p, s, broadcast(1.33314422036e-1f));
+  p = fma(p, s, broadcast(-3.33332819422e-1f));
+  const Vec near = fma(z * s, p, z), far = (1.0f - e) * inverse;
+  return magnitude(z) < 0.625f ? near : (z < 0 ? -far : far);
 }
 
 // One row: h = phi(z + bias) and, where asked for, slope = g(z + bias); h may be z. n values each, bias dense or null.
@@ -26,18 +63,15 @@ inline void activate(Activation phi, const float* z, const float* bias, float* h
     }
     return;
   }
-  for (int64_t j = 0; j < n; ++j) {
-    const float value = bias ? z[j] + bias[j] : z[j];
-    float g;
-    if (phi.kind == Kind::sigmoid) {
-      h[j] = sigmoid(value, &g);
-    } else {
-      h[j] = std::tanh(value);
-      // 1 - tanh(z)^2 = 4 sigmoid'(2 z), which does not cancel where tanh saturates.
-      if (slope) sigmoid(2 * value, &g);
-      g *= 4;
-    }
-    if (slope) slope[j] = g;
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, n - j);
+    const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+    Vec value = {}, shift = {}, g;
+    std::memcpy(&value, z + j, bytes);
+    if (bias) std::memcpy(&shift, bias + j, bytes);
+    const Vec result = phi.kind == Kind::sigmoid ? sigmoid(value + shift, g) : tanh(value + shift, g);
+    std::memcpy(h + j, &result, bytes);
+    if (slope) std::memcpy(slope + j, &g, bytes);
   }
 }
 
@@ -86,8 +120,9 @@ inline double loss_row(Loss loss, float scale, const float* h, const float* t, f
     }
   } else {
     for (int64_t j = 0; j < n; ++j) {
-      sum += std::log1p(std::exp(-std::fabs(h[j]))) + (h[j] < 0 ? 0.0f : h[j]) - static_cast<double>(h[j]) * t[j];
-      slope[j] *= (sigmoid(h[j]) - t[j]) * scale;
+      const float e = std::exp(-std::fabs(h[j]));
+      sum += std::log1p(e) + (h[j] < 0 ? 0.0f : h[j]) - static_cast<double>(h[j]) * t[j];
+      slope[j] *= ((h[j] < 0 ? e : 1.0f) / (1.0f + e) - t[j]) * scale;
     }
   }
   return sum;

@@ -12,10 +12,16 @@ namespace {
 constexpr int64_t kGramRows = 64;  // the largest mini-batch that may take this way
 constexpr int kGramBlock = 2, kGramWidth = 4;
 
-// Sums of the terms of s^2, and of their absolute values: their ratio tells how much the terms cancel.
+// Sums of the terms of s^2, and of their absolute values, whose ratio tells how much the terms cancel; and whether all rows
+// of X and D are of sizes whose float32 products can be trusted.
 struct GramSums {
   double squares = 0, magnitude = 0;
+  bool fits = true;
 };
+
+// Squares of rows up to this size, and no sum of all squares under kLeastSquares: then what underflows in a row's products
+// (below 1e-38, times a square of the other operand) is nothing beside the sum.
+constexpr double kLargestSquare = 1e12, kLeastSquares = 1e-14;
 
 // out[i][j] = <a_i, b_j> over n columns, a multiple of kLanes. Blocks of columns are added up in double, so that the sums
 // carry hardly more error than their terms.
@@ -72,6 +78,8 @@ inline GramSums gram_sums(int64_t block, int64_t rows, const Dense& x, const Den
     for (int64_t i = first; i < std::min(first + kGramBlock, rows); ++i) {
       for (int64_t j = other; j <= std::min(i, other + kGramWidth - 1); ++j) {
         const double term = (x_dots[i - first][j - other] + one) * d_dots[i - first][j - other] * (i == j ? 1 : 2);
+        if (i == j)
+          sums.fits &= x_dots[i - first][j - other] <= kLargestSquare && d_dots[i - first][j - other] <= kLargestSquare;
         sums.squares += term;
         sums.magnitude += std::fabs(term);
       }

@@ -207,17 +207,16 @@ class Pass {
     }
   }
 
-  // s from the Gram sums, or nothing where they cannot be trusted with it: where their terms cancel, or s would not fit
-  // the plain arithmetic of the rank-b update.
+  // s from the Gram sums, or nothing where they cannot be trusted with it: where their terms cancel, over- or underflow.
   std::optional<float> gram_norm(int64_t rows) const {
     GramSums sums;
     for (int64_t block = 0; block * kGramBlock < rows; ++block) {
       sums.squares += gram_[static_cast<size_t>(block)].squares;
       sums.magnitude += gram_[static_cast<size_t>(block)].magnitude;
+      sums.fits &= gram_[static_cast<size_t>(block)].fits;
     }
-    const double norm = std::sqrt(sums.squares);
-    if (!(sums.squares > 0.02 * sums.magnitude && norm > 1e-30 && norm < 1e30)) return std::nullopt;
-    return static_cast<float>(norm);
+    if (!(sums.fits && sums.squares > 0.02 * sums.magnitude && sums.squares > kLeastSquares)) return std::nullopt;
+    return static_cast<float>(std::sqrt(sums.squares));
   }
 
   // A member's part of W <- W + scale G, as one product of rank `rows`, without G.

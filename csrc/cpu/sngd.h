@@ -19,7 +19,9 @@ void forward(const Layer& layer, const Input& x, float* out, int threads) {
   const int64_t n = layer.weight.rows;
   const Packed weight = pack_forward(layer.weight);
   const std::vector<float> bias = dense(layer.bias);
-  const int64_t chunk = std::min(x.visits, kChunk);
+  // A member's scratch stays under 8 MiB, however wide the layer.
+  const int64_t chunk =
+      std::clamp<int64_t>((int64_t{1} << 20) / (n + x.cols), 1, std::min(std::max<int64_t>(x.visits, 1), kChunk));
   std::atomic<int64_t> taken{0};
   Team team(members(threads, x.visits, x.visits, 2 * n * x.cols), true);
   std::vector<std::pair<Dense, Dense>> scratch;
@@ -27,8 +29,8 @@ void forward(const Layer& layer, const Input& x, float* out, int threads) {
   team.run([&](int member, int64_t) {
     const auto& [input, z] = scratch[static_cast<size_t>(member)];
     int64_t first;
-    while ((first = taken.fetch_add(kChunk, std::memory_order_relaxed)) < x.visits) {
-      const int64_t rows = std::min(kChunk, x.visits - first);
+    while ((first = taken.fetch_add(chunk, std::memory_order_relaxed)) < x.visits) {
+      const int64_t rows = std::min(chunk, x.visits - first);
       gather_rows(x, first, rows, input, 0);
       gemm<false>(rows, n, x.cols, input.row(0), input.ld, weight.panels(), z.panels(), false);
       for (int64_t r = 0; r < rows; ++r) {
@@ -95,7 +97,8 @@ void epoch(const Problem& problem, const Update& update, int64_t batch, float* l
         pass.bias_gradient(member, rows, false);
         team.barrier(member);
         norm = pass.gram_norm(rows);
-        by_gram = norm.has_value();
+        // The update multiplies with lr / s, which must be an ordinary number.
+        by_gram = norm && update.lr / *norm < 1e30f && update.lr / *norm > 1e-30f;
         if (!by_gram) {
           pass.gradient(member, rows, false, true);
           team.barrier(member);

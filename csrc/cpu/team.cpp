@@ -43,16 +43,12 @@ struct Judge {
 };
 thread_local Judge judge;
 
-// Whether this process was forked from one that had used the pool: its threads are then not here, and asking for them may
-// wait forever (as it does in torch's own operators).
+// Whether this process was forked from one that had loaded this library: the pool's threads, if there were any, are then not
+// here, and asking for them may wait forever (as it does in torch's own operators).
 bool forked = false;
-bool pool_is_lost() {
 #if defined(__unix__) || defined(__APPLE__)
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-  static_cast<void>(registered);
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
-  return forked;
-}
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -63,13 +59,13 @@ inline void pause() {
 }  // namespace
 
 Team::Team(int wanted, bool at_once)
-    : most_(wanted > 1 && (pool_is_lost() || judge.pauses()) ? 1 : wanted), at_once_(at_once), start_(at_once ? 0 : -1) {}
+    : most_(wanted > 1 && (forked || judge.pauses()) ? 1 : wanted), at_once_(at_once), start_(at_once ? 0 : -1) {}
 
 void Team::run(const std::function<void(int, int64_t)>& body) {
   if (most_ == 1) return body(0, 0);
   const auto help = [&](int member) {
     for (int64_t start = -1, last = -1;; last = start) {
-      ready_.fetch_add(1, std::memory_order_relaxed);
+      ready_.fetch_add(1, std::memory_order_release);
       for (int tries = 0; (start = start_.load(std::memory_order_acquire)) <= last; ++tries) {
         if (tries < kSpins) {
           std::this_thread::yield();
@@ -96,9 +92,10 @@ void Team::run(const std::function<void(int, int64_t)>& body) {
 }
 
 void Team::barrier(int member) {
-  if (size_ == 1) return;
+  const int size = size_;  // it may change once all have arrived
+  if (size == 1) return;
   const uint32_t generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
     arrived_.store(0, std::memory_order_relaxed);
     generation_.store(generation + 1, std::memory_order_release);
     return;
@@ -128,7 +125,7 @@ bool Team::stays(int member, int64_t next) {
     if (!leave_) return true;
     if (member != 0) return false;
     size_ = 1;  // the helpers pass the barrier by its generation alone
-  } else if (helpers_ > 0 && ready_.load(std::memory_order_relaxed) == helpers_ && !judge.pauses()) {
+  } else if (helpers_ > 0 && ready_.load(std::memory_order_acquire) == helpers_ && !judge.pauses()) {
     size_ = helpers_ + 1;
     leave_ = false;
     begin_ = Clock::now();
