@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import losses
+from . import persistent, plan
 from .fused import Layer, Pass, Update, chain, forward
 
 __all__ = ["layer_forward", "layer_gradient", "sngd_epoch_", "sngd_step_"]
@@ -20,6 +22,14 @@ __all__ = ["layer_forward", "layer_gradient", "sngd_epoch_", "sngd_step_"]
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _most_programs(tensor: Tensor) -> int:
+    """How many programs of a persistent kernel are sure to be on the device at once: one for each multiprocessor.
+
+    The interpreter runs one program after the other, so there it must be one that waits for no other.
+    """
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
 def layer_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float]) -> Tensor:
@@ -89,7 +99,13 @@ def sngd_epoch_(
 ) -> tuple[Tensor, Tensor]:
     """A step for each mini-batch of `batch_size` rows, in the given order, in place: (losses, norms)."""
     layers = chain(weight, bias, suffix_weights, suffix_biases, activations)
+    rule = Update(lr, velocity_weight, velocity_bias, momentum, nesterov)
+    rows = x.shape[0] if order is None else order.shape[0]
+    tiles = plan.persistent(
+        [layers[0].n_in, *(layer.n_out for layer in layers)], min(batch_size, rows), loss == losses.CROSS_ENTROPY,
+        velocity_weight is not None, x.dtype, _most_programs(weight),
+    )  # fmt: skip
     with _on_device_of(weight):
-        return Pass(layers, x, target, order, batch_size, loss).run(
-            Update(lr, velocity_weight, velocity_bias, momentum, nesterov)
-        )
+        if tiles is not None and rows > 0:
+            return persistent.run(layers, x, target, order, batch_size, loss, rule, tiles)
+        return Pass(layers, x, target, order, batch_size, loss).run(rule)

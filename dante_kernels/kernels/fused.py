@@ -62,7 +62,8 @@ def _ceil(size: int, block: int) -> int:
     return (size + block - 1) // block
 
 
-def _stride(vector: Tensor | None) -> int:
+def stride_of(vector: Tensor | None) -> int:
+    """A vector's stride, 0 for an absent one."""
     return 0 if vector is None else vector.stride(0)
 
 
@@ -74,7 +75,7 @@ def forward(x: Tensor, layer: Layer, out: Tensor) -> None:
         layers.product, (_ceil(rows, tiles.rows), _ceil(layer.n_out, tiles.columns)),
         x, layer.weight, layer.bias, out, None, None, None, None,
         0, rows, rows, layer.n_out, layer.n_in,
-        *x.stride(), layer.weight.stride(1), layer.weight.stride(0), _stride(layer.bias), 0, 0, 0,
+        *x.stride(), layer.weight.stride(1), layer.weight.stride(0), stride_of(layer.bias), 0, 0, 0,
         layer.low, layer.high, 1.0,
         EPILOGUE=layers.FORWARD, KIND=layer.kind, LOSS=0, CLASSES=False, FROM_X=True, PRECISION=tiles.precision,
         BLOCK_B=tiles.rows, BLOCK_OUT=tiles.columns, BLOCK_IN=tiles.inner,
@@ -126,7 +127,7 @@ class Pass:
             a, layer.weight, layer.bias, self.h[i], self.g[i] if i < len(self.g) else None,
             target if last else None, order if last or i == 0 else None, self.loss_partials if last else None,
             start, rows, self.x.shape[0], layer.n_out, layer.n_in,
-            *a.stride(), layer.weight.stride(1), layer.weight.stride(0), _stride(layer.bias), _stride(order),
+            *a.stride(), layer.weight.stride(1), layer.weight.stride(0), stride_of(layer.bias), stride_of(order),
             *self._target_strides(), layer.low, layer.high, self._scale(rows),
             EPILOGUE=epilogue, KIND=layer.kind, LOSS=self.loss if last else 0, CLASSES=last and target.dim() == 1,
             FROM_X=i == 0, PRECISION=tiles.precision,
@@ -139,7 +140,7 @@ class Pass:
         launcher.launch(
             layers.softmax_rows, (rows,),
             self.h[-1], self.g[-1], target, self.order, self.loss_partials,
-            start, rows, self.x.shape[0], self.chain[-1].n_out, _stride(self.order), *self._target_strides(),
+            start, rows, self.x.shape[0], self.chain[-1].n_out, stride_of(self.order), *self._target_strides(),
             self._scale(rows), CLASSES=target.dim() == 1, BLOCK_OUT=plan.SOFTMAX_COLUMNS,
             num_warps=plan.SOFTMAX_WARPS, num_stages=1,
         )  # fmt: skip
@@ -184,7 +185,7 @@ class Pass:
         launcher.launch(
             step.gradient, (self.programs,),
             d, self.x, self.order, self.grad, self.grad_bias, self.partials,
-            start, rows, self.x.shape[0], active.n_out, active.n_in, *self.x.stride(), _stride(self.order),
+            start, rows, self.x.shape[0], active.n_out, active.n_in, *self.x.stride(), stride_of(self.order),
             PRECISION=tiles.precision, BLOCK_OUT=tiles.rows, BLOCK_IN=tiles.columns, BLOCK_B=tiles.inner,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
@@ -201,8 +202,8 @@ class Pass:
             weight, bias, velocity_weight, velocity_bias, self.grad, self.grad_bias, self.partials, self.loss_partials,
             losses, norms, None if rule is None else rule.lr,
             at, self.programs, self._loss_programs(rows), n_out, n_in,
-            *((0, 0) if weight is None else weight.stride()), _stride(bias),
-            *((0, 0) if velocity_weight is None else velocity_weight.stride()), _stride(velocity_bias),
+            *((0, 0) if weight is None else weight.stride()), stride_of(bias),
+            *((0, 0) if velocity_weight is None else velocity_weight.stride()), stride_of(velocity_bias),
             float(self._elements(rows)), 0.0 if rule is None else rule.momentum,
             NESTEROV=rule is not None and rule.nesterov, BLOCK_OUT=plan.UPDATE_OUT, BLOCK_IN=plan.UPDATE_IN,
             num_warps=plan.UPDATE_WARPS, num_stages=1,

@@ -9,9 +9,24 @@ from typing import Any
 ENABLE_FP_FUSION = False
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
+# What a persistent kernel may take: with the default ptxas saves some and spills, for more programs on a multiprocessor than
+# there will ever be.
+REGISTERS = 255
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int,
+    num_stages: int,
+    persistent: bool = False,
+    **constants: Any,
+) -> None:
     """Launch a Triton kernel on the current stream of the current device.
 
-    `args` are the kernel's run-time arguments in order, None for an absent pointer; `constants` its tl.constexpr ones.
+    `args` are the kernel's run-time arguments in order, None for an absent pointer; `constants` its tl.constexpr ones. The
+    programs of a `persistent` one wait for each other: its launch fails unless all of them can be on the device at once.
     """
-    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=ENABLE_FP_FUSION, **constants)
+    options = {"launch_cooperative_grid": True, "maxnreg": REGISTERS} if persistent else {}
+    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=ENABLE_FP_FUSION, **options, **constants)

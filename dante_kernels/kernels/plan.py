@@ -1,11 +1,12 @@
-"""Which tiles, how many warps and which arithmetic a product gets, from shapes and torch's precision switch alone.
+"""Which plan a pass gets, and which tiles, how many warps and which arithmetic a product: from shapes and switches alone.
 
-No rule looks at the number of rows: so a row's result is the same bits whatever rows stand beside it, and a short last
-mini-batch is computed like a call of its own.
+No rule for a product looks at the number of rows: so a row's result is the same bits whatever rows stand beside it, and a
+short last mini-batch is computed like a call of its own. Only the choice between the plans looks at the mini-batch's size.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -84,3 +85,82 @@ UPDATE_OUT, UPDATE_IN, UPDATE_WARPS, UPDATE_PROGRAMS = 16, 128, 4, 1024
 
 # Softmax over rows wider than a tile.
 SOFTMAX_COLUMNS, SOFTMAX_WARPS = 1024, 4
+
+
+class Device(NamedTuple):
+    """What the cost model knows of a GPU. From public figures and latencies: nothing of it has been measured."""
+
+    multiprocessors: int = 132
+    barrier: float = 0.9  # microseconds of a grid barrier
+    launch: float = 4.0  # microseconds from one small kernel to the next
+    l2_per_multiprocessor: float = 0.12  # MB, that is bytes a microsecond / 1e6, that one multiprocessor reads from L2
+    fma: float = 0.253  # millions of float32 fused multiply-adds a microsecond on one multiprocessor
+
+
+H200 = Device()
+
+
+class Persistent(NamedTuple):
+    """The tiles of a pass in one launch (`persistent.py`), and the modelled microseconds of a step."""
+
+    rows: int
+    units: int
+    inputs: int
+    next_units: int
+    split_out: int
+    split_in: int
+    num_warps: int
+    microseconds: float
+
+
+# Registers of a thread that the tiles of one program may take, by the estimate in `persistent`. Found by compiling: with more
+# some specialization spills.
+PERSISTENT_REGISTERS = 160
+
+
+def _persistent(
+    n_out: int, n_in: int, n_next: int, rows: int, units: int, inputs: int, warps: int, device: Device
+) -> Persistent:
+    split_out, split_in = -(-n_out // units), -(-n_in // (warps * inputs))
+    next_units = _power_of_two(n_next, 16, 64) if n_next else 16
+    barriers = (split_in > 1) + (n_next > 0 and split_out > 1) + (split_out * split_in > 1)
+    products = 2 * rows * units * warps * inputs + (2 * rows * units * next_units if n_next else 0)
+    exchanged = rows * warps * inputs + (split_in > 1) * split_in * rows * units
+    exchanged += (n_next > 0 and split_out > 1) * split_out * rows * next_units
+    arithmetic = products / 1e6 / device.fma
+    transfers = 4 * exchanged / 1e6 / device.l2_per_multiprocessor
+    time = barriers * device.barrier + arithmetic + transfers
+    return Persistent(rows, units, inputs, next_units, split_out, split_in, warps, time)
+
+
+def persistent(
+    widths: list[int],
+    batch: int,
+    cross_entropy: bool,
+    momentum: bool,
+    x_dtype: torch.dtype,
+    most_programs: int,
+    device: Device = H200,
+) -> Persistent | None:
+    """The fastest tiles, by the model, of the persistent plan, or None where it does not serve.
+
+    `widths` are n_in, n_out and the widths of the suffix. It serves the last layer and the one before it, where the layer
+    fits the registers of at most `most_programs` programs and a mini-batch their tiles. Its arithmetic is plain float32
+    whatever the precision switch allows: that costs little there, and tf32 needs registers that the tiles have.
+    """
+    n_in, n_out, *suffix = widths
+    n_next = suffix[0] if suffix else 0
+    rows = _power_of_two(batch, 32, 64)
+    # Widened bfloat16 in a larger dot would be rounded to tf32: see `_largest`.
+    if len(suffix) > 1 or n_next > 64 or batch > rows or (x_dtype != torch.float32 and rows > 32):
+        return None
+    fitting = []
+    for warps, units, inputs in itertools.product((4, 8), (16, 32, 64), (16, 32, 64)):
+        tiles = _persistent(n_out, n_in, n_next, rows, units, inputs, warps, device)
+        registers = ((3 + momentum) * units * inputs + 2 * rows * inputs + 2 * rows * units) // 32
+        if registers > PERSISTENT_REGISTERS or tiles.split_out * tiles.split_in > most_programs:
+            continue
+        if cross_entropy and not suffix and tiles.split_out > 1:
+            continue
+        fitting.append(tiles)
+    return min(fitting, key=lambda tiles: (tiles.microseconds, tiles.split_out * tiles.split_in), default=None)

@@ -1,4 +1,4 @@
-"""Compile for real GPUs, on a machine without one, exactly what the fused-step plan would launch; print what came out.
+"""Compile for real GPUs, on a machine without one, exactly what would be launched; print what came out.
 
 Runs the real orchestration on CPU tensors with `launch` replaced by a compiler call, as its own process, since the
 interpreter must be off: ``TRITON_INTERPRET=0 python tests/kernels/compile_ahead.py``. Prints one JSON list; each entry is
@@ -27,7 +27,7 @@ from dante_kernels.kernels import launcher, layers
 CAPABILITIES = (80, 90, 100)
 EPILOGUES = {layers.FORWARD: "forward", layers.LAST: "last", layers.BACKWARD: "backward"}
 LEAKY, SIGMOID, TANH = [0.0, 0.01, 1.0], [1.0, 1.0, 1.0], [2.0, 1.0, 1.0]
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
 
 # widths, batch, loss, activation, precision, what is special
 CASES = [
@@ -50,6 +50,19 @@ CASES = [
     ((5, 3, 1), 1, "mse", SIGMOID, "highest", ""),
 ]
 
+PERSISTENT_CASES = [
+    ((784, 100, 10), 60, "cross_entropy", LEAKY, "highest", "momentum"),
+    ((784, 100, 10), 20, "mse", LEAKY, "highest", "momentum"),
+    ((784, 100, 10), 60, "binary_cross_entropy", SIGMOID, "highest", ""),
+    ((784, 400, 10), 20, "mse", LEAKY, "highest", "momentum"),
+    ((784, 400, 10), 20, "cross_entropy", TANH, "highest", ""),
+    ((784, 10), 20, "cross_entropy", LEAKY, "highest", "momentum"),
+    ((64, 100, 10), 20, "mse", LEAKY, "highest", ""),
+    ((64, 100), 20, "mse", SIGMOID, "highest", "transposed"),
+    ((64, 100, 10), 20, "mse", LEAKY, "highest", "bfloat16"),
+    ((30, 10), 50, "cross_entropy", LEAKY, "highest", "momentum"),
+]
+
 
 class Collector:
     """Stands in for `launcher.launch`: keeps each different specialization once."""
@@ -57,7 +70,7 @@ class Collector:
     def __init__(self) -> None:
         self.found: dict[str, tuple] = {}
 
-    def launch(self, kernel, grid, *args, num_warps, num_stages, **constants) -> None:
+    def launch(self, kernel, grid, *args, num_warps, num_stages, persistent=False, **constants) -> None:
         signature, constexprs, attributes = {}, dict(constants), {}
         names = kernel.arg_names
         assert [name for name in names if name not in constants] == names[: len(args)]
@@ -78,6 +91,8 @@ class Collector:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys(constants, "constexpr")
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": launcher.ENABLE_FP_FUSION}
+        if persistent:
+            options |= {"launch_cooperative_grid": True, "maxnreg": launcher.REGISTERS}
         label = kernel.__name__
         if "EPILOGUE" in constants:
             label += " " + EPILOGUES[constants["EPILOGUE"]]
@@ -86,6 +101,8 @@ class Collector:
                 ("BLOCK_OUT", "BLOCK_IN", "BLOCK_B") if label == "gradient" else ("BLOCK_B", "BLOCK_OUT", "BLOCK_IN")
             )
             label += f" {constants['PRECISION']} {constants[rows]}x{constants[columns]}x{constants[inner]}"
+            if persistent:
+                label += f" x {num_warps} warps, {constants['SPLIT_OUT']} x {constants['SPLIT_IN']} programs"
         key = repr((label, signature, constexprs, attributes, options))
         self.found.setdefault(key, (label, kernel, signature, constexprs, attributes, options))
 
@@ -111,7 +128,7 @@ def run_case(widths, batch, loss, activation, precision, special) -> None:
         *velocities, momentum, momentum > 0,
     )  # fmt: skip
     kernels.layer_forward(x, weights[0], biases[0], activation)
-    if special == "momentum":
+    if special == "momentum" and len(weights) > 1:
         kernels.layer_gradient(weights[0], None, x, target, weights[1:], biases[1:], numbers, code)
         kernels.sngd_step_(weights[1], biases[1], torch.zeros(batch, widths[1]), target[:batch], [], [], LEAKY, code, lr)
 
@@ -153,8 +170,10 @@ def main() -> None:
     capabilities = parser.parse_args().capability or CAPABILITIES
     collector = Collector()
     launcher.launch = collector.launch
-    for case in CASES:
-        run_case(*case)
+    for most_programs in (0, 132):  # the fused step, then the persistent plan where it is chosen on an H200
+        kernels._most_programs = lambda tensor, most=most_programs: most
+        for case in CASES + (PERSISTENT_CASES if most_programs else []):
+            run_case(*case)
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         print(json.dumps([compile_one(cc, *entry, folder) for cc in capabilities for entry in collector.found.values()]))

@@ -1,0 +1,298 @@
+"""The persistent plan: a whole pass in one launch, alone and with many programs that wait for each other.
+
+Several programs run interleaved by an unfair seeded schedule (`interleave.py`). Without a wait, a barrier or the second
+half of the exchange buffer the same schedules give wrong weights, and the tests say so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from interleave import Deadlock, interleaved
+from support import ACTIVATIONS, LOSSES, Problem, assert_error_rule, make_problem
+
+from dante_kernels import kernels, losses, reference
+from dante_kernels.kernels import persistent, plan
+from dante_kernels.kernels.fused import Update, chain
+from dante_kernels.ops.layer import flatten
+
+LR = 0.3
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch):
+    """Fresh memory is full of NaN, so that a program which reads what nobody wrote is seen."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+
+
+def tiles(p: Problem, batch: int, **changes) -> plan.Persistent:
+    """Tiles of 16 units and 4 x 16 inputs, so that small problems have several programs."""
+    n_next = p.suffix[0].weight.shape[0] if p.suffix else 0
+    rows = 32 if batch <= 32 else 64
+    found = plan._persistent(*p.weight.shape, n_next, rows, 16, 16, 4, plan.H200)
+    return found._replace(**changes)
+
+
+def run(p: Problem, batch: int, how: plan.Persistent, seed: int = 0, rule=None, order=None, module: ModuleType = persistent):
+    """A pass in one launch; (losses, norms)."""
+    layers = chain(p.weight, p.bias, *flatten(p.suffix, p.activation))
+    update = Update(torch.tensor(LR), *(rule or (None, None, 0.0, False)))
+    with interleaved(seed) as grids:
+        result = module.run(layers, p.x, p.target, order, batch, losses.code(p.loss), update, how)
+    assert grids == [how.split_out * how.split_in] * (how.split_out * how.split_in > 1)
+    return result
+
+
+def truth(p: Problem, batch: int, dtype: torch.dtype, momentum: float = 0.0, nesterov: bool = False, order=None):
+    """(weight, bias, velocities, losses, norms) after the reference's pass."""
+    q = p.to(dtype)
+    velocity = (torch.zeros_like(q.weight), None if q.bias is None else torch.zeros_like(q.bias)) if momentum else (None, None)
+    result = reference.sngd_epoch_(
+        q.weight, q.bias, q.x, q.target, order, batch, q.suffix, q.activation, losses.code(q.loss),
+        torch.tensor(LR, dtype=dtype), *velocity, momentum, nesterov,
+    )  # fmt: skip
+    return [t for t in (q.weight, q.bias, *velocity, *result) if t is not None]
+
+
+def assert_pass_is_right(p: Problem, batch: int, how: plan.Persistent, seed: int = 0, momentum=0.0, nesterov=False, order=None):
+    expected = [truth(p, batch, dtype, momentum, nesterov, order) for dtype in (torch.float32, torch.float64)]
+    velocity = (torch.zeros_like(p.weight), None if p.bias is None else torch.zeros_like(p.bias)) if momentum else (None, None)
+    result = run(p, batch, how, seed, (*velocity, momentum, nesterov), order)
+    got = [t for t in (p.weight, p.bias, *velocity, *result) if t is not None]
+    for i, (ours, theirs, exact) in enumerate(zip(got, *expected, strict=True)):
+        assert_error_rule(f"result {i}", ours, theirs, exact)
+    return torch.cat([t.flatten() for t in got])
+
+
+# (n_in, widths): alone; units split; inputs split; both, with and without a next layer
+SHAPES = [(40, (15, 10)), (40, (40, 10)), (150, (12, 7)), (150, (37, 10)), (150, (37,)), (150, (12,)), (30, (40,))]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_pass_is_right_for_every_split_and_loss(shape, loss):
+    n_in, widths = shape
+    p = make_problem(seed=3, rows=47, n_in=n_in, widths=widths, loss=loss)
+    how = tiles(p, 20)
+    if loss == "cross_entropy" and len(widths) == 1 and how.split_out > 1:
+        pytest.skip("a softmax row must lie in one program")
+    assert_pass_is_right(p, 20, how)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("widths", [(37, 10), (12,)])
+def test_a_pass_is_right_for_every_activation(activation, widths):
+    p = make_problem(seed=4, rows=33, n_in=150, widths=widths, activation=activation)
+    assert_pass_is_right(p, 16, tiles(p, 16))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 20, 61])
+def test_momentum_bias_and_tails(nesterov, bias, rows):
+    p = make_problem(seed=5, rows=rows, n_in=70, widths=(20, 3), bias=bias)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    assert_pass_is_right(p, 20, tiles(p, 20), momentum=0.9, nesterov=nesterov, order=order)
+
+
+def test_strides_and_bfloat16():
+    p = make_problem(seed=6, rows=40, n_in=70, widths=(20, 3), class_indices=False)
+    p.x = p.x.to(torch.bfloat16).float()
+    expected = truth(p, 20, torch.float32)
+    straight = p.clone()
+    run(straight, 20, tiles(p, 20))
+    p.weight, p.x, p.target = p.weight.t().contiguous().t(), p.x.to(torch.bfloat16).t().contiguous().t(), p.target[:, [0, 1, 2]]
+    p.suffix = [p.suffix[0]._replace(weight=p.suffix[0].weight.t().contiguous().t())]
+    run(p, 20, tiles(p, 20))
+    assert torch.equal(p.weight, straight.weight)
+    torch.testing.assert_close(p.weight, expected[0], rtol=1e-5, atol=1e-6)
+
+
+REAL = [(98, (100, 10), 20), (98, (100,), 50), (784, (10,), 20)]
+
+
+@pytest.mark.parametrize("case", [*[(n_in, widths, 20) for n_in, widths in SHAPES[1:5]], *REAL], ids=str)
+def test_twenty_unfair_schedules_give_the_same_bits(case):
+    n_in, widths, batch = case
+    p = make_problem(seed=7, rows=3 * batch + 5, n_in=n_in, widths=widths)
+    results = [assert_pass_is_right(p.clone(), batch, tiles(p, batch), seed=seed) for seed in range(20)]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_the_paper_s_net_with_its_91_programs():
+    p = make_problem(seed=8, rows=27, n_in=784, widths=(100, 10))
+    how = plan.persistent([784, 100, 10], 20, False, False, torch.float32, 132)
+    assert (how.split_out, how.split_in) == (7, 13)
+    assert_pass_is_right(p, 20, how)
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:5], ids=str)
+def test_a_pass_gives_the_bits_of_its_steps(shape):
+    n_in, widths = shape
+    p = make_problem(seed=9, rows=50, n_in=n_in, widths=widths)
+    q, how = p.clone(), tiles(p, 20)
+    losses_, norms = run(p, 20, how)
+    for step, rows in enumerate(torch.arange(50).split(20)):
+        loss, norm = run(q, len(rows), how, seed=step, order=rows)
+        assert torch.equal(torch.cat([loss, norm]), torch.stack([losses_[step], norms[step]]))
+    assert torch.equal(p.weight, q.weight)
+    assert torch.equal(p.bias, q.bias)
+
+
+def test_a_bad_row_or_a_zero_gradient_changes_nothing():
+    p = make_problem(seed=10, rows=40, n_in=70, widths=(20, 3), class_indices=True)
+    p.target[25] = 3  # no such class
+    first, order = p.clone(), torch.arange(40)
+    losses_, norms = run(p, 20, tiles(p, 20))
+    run(first, 20, tiles(p, 20), order=order[:20])
+    assert torch.equal(p.weight, first.weight)
+    assert norms[1].isnan()
+    assert losses_[1].isnan()
+    order[30] = 40  # no such row
+    second = p.clone()
+    _, norms = run(p, 20, tiles(p, 20), order=order[20:])
+    assert norms.isnan().all()
+    assert torch.equal(p.weight, second.weight)
+    p.target, p.suffix = torch.zeros(40, 3), [p.suffix[0]._replace(weight=torch.zeros(3, 20), bias=torch.zeros(3))]
+    _, norms = run(p, 20, tiles(p, 20), rule=(torch.ones(20, 70), torch.ones(20), 0.9, True))
+    assert (norms == 0).all()
+    assert torch.equal(p.weight, second.weight)
+
+
+# What the kernel must not do without, as (what, nth occurrence, replacement), and a shape that needs it.
+WAIT = "wait(p_counter, arrivals)\n"
+BARRIER = "arrive(p_counter)\n{0}arrivals += PROGRAMS\n{0}wait(p_counter, arrivals)\n"
+MUTANTS = {
+    "no wait for Z": (WAIT, 0, "pass\n", SHAPES[2]),
+    "no wait for the next layer": (WAIT, 1, "pass\n", SHAPES[1]),
+    "no wait for the norm": (WAIT, 2, "pass\n", SHAPES[3]),
+    "no wait where it is the only one": (WAIT, 2, "pass\n", SHAPES[6]),
+    "no barrier for Z": (BARRIER.format(" " * 12), 0, "pass\n", SHAPES[2]),
+    "no barrier for the next layer": (BARRIER.format(" " * 16), 0, "pass\n", SHAPES[1]),
+    "one half of the exchange buffer": ("(step % 2)", 0, "0", SHAPES[6]),
+    "a slice that does not end": ("(local_input < share_in) & ", 0, "", (98, (12, 7))),
+}
+
+
+def mutant(tmp_path: Path, old: str, nth: int, new: str) -> ModuleType:
+    """The kernel's module with one occurrence of `old` replaced."""
+    parts = Path(persistent.__file__).read_text().split(old)
+    assert len(parts) > nth + 1
+    path = tmp_path / "mutant.py"
+    path.write_text(old.join(parts[: nth + 1]) + new + old.join(parts[nth + 1 :]))
+    spec = importlib.util.spec_from_file_location("dante_kernels.kernels.mutant", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[spec.name]
+    return module
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_schedules_see_what_is_missing(name, tmp_path):
+    old, nth, new, (n_in, widths) = MUTANTS[name]
+    module = mutant(tmp_path, old, nth, new)
+    p = make_problem(seed=11, rows=100, n_in=n_in, widths=widths)
+    right = p.clone()
+    run(right, 10, tiles(p, 10))
+    caught = 0
+    for seed in range(10):
+        q = p.clone()
+        run(q, 10, tiles(p, 10), seed=seed, module=module)
+        caught += not torch.equal(q.weight, right.weight)
+    assert caught == 10
+
+
+def test_a_barrier_that_waits_for_too_many_is_seen_to_hang(tmp_path, monkeypatch):
+    monkeypatch.setattr("interleave.TURNS", 5000)
+    module = mutant(tmp_path, "arrivals += PROGRAMS", 0, "arrivals += PROGRAMS + 1")
+    p = make_problem(seed=11, rows=10, n_in=150, widths=(12, 7))
+    with pytest.raises(Exception, match="never end") as caught:
+        run(p, 10, tiles(p, 10), module=module)
+    assert caught.type is Deadlock or "Deadlock" in str(caught.value)
+
+
+def explore(programs: int, steps: int, target=lambda generation, programs: generation * programs) -> set[str]:
+    """All interleavings of `programs` that pass `steps` barriers of `arrive` and `wait`: what can go wrong.
+
+    A state is the counter and each program's place: 2 g before it arrives at barrier g, 2 g + 1 while it waits there.
+    """
+    wrong, seen, stack = set(), set(), [(0, (0,) * programs)]
+    while stack:
+        state = stack.pop()
+        if state in seen:
+            continue
+        seen.add(state)
+        counter, places = state
+        moved = False
+        for i, place in enumerate(places):
+            generation, waits = divmod(place, 2)
+            if generation == steps:
+                continue
+            if not waits:
+                following = (counter + 1, (*places[:i], place + 1, *places[i + 1 :]))
+            elif counter >= target(generation + 1, programs):
+                if any(other < 2 * generation + 1 for other in places):
+                    wrong.add("passed before all had arrived")
+                following = (counter, (*places[:i], place + 1, *places[i + 1 :]))
+            else:
+                continue
+            moved = True
+            stack.append(following)
+        if not moved and any(place < 2 * steps for place in places):
+            wrong.add("deadlock")
+    return wrong
+
+
+@pytest.mark.parametrize("programs", [2, 3, 4])
+def test_the_barrier_is_right_in_every_interleaving(programs):
+    assert not explore(programs, steps=4)
+    assert explore(programs, 4, lambda generation, n: generation * n - 1) == {"passed before all had arrived"}
+    assert explore(programs, 4, lambda generation, n: generation * n + 1) == {"deadlock"}
+
+
+def test_the_model_chooses_only_what_fits():
+    everything = itertools.product(
+        (10, 64, 784, 3072), (1, 10, 100, 400, 1024), (0, 10, 100), (1, 20, 64, 65), LOSSES, (1, 132)
+    )
+    served = 0
+    for n_in, n_out, n_next, batch, loss, most in everything:
+        widths = [n_in, n_out, n_next] if n_next else [n_in, n_out]
+        how = plan.persistent(widths, batch, loss == "cross_entropy", False, torch.float32, most)
+        if how is None:
+            continue
+        served += 1
+        assert how.split_out * how.split_in <= most
+        assert how.rows >= batch
+        assert how.split_out * how.units >= n_out
+        assert how.split_in * how.num_warps * how.inputs >= n_in
+        assert not n_next or how.next_units >= n_next
+        assert n_next or loss != "cross_entropy" or how.split_out == 1
+        assert how.microseconds >= 0
+    assert served > 50
+    assert plan.persistent([784, 100, 10, 10], 20, False, False, torch.float32, 132) is None
+    assert plan.persistent([784, 100, 10], 500, False, False, torch.float32, 132) is None
+    assert plan.persistent([12288, 3072, 10], 20, False, False, torch.float32, 132) is None
+
+
+def test_a_small_layer_takes_the_plan_and_agrees_with_the_fused_one(monkeypatch):
+    launched = []
+    monkeypatch.setattr(persistent, "run", lambda *a, run=persistent.run: launched.append(1) or run(*a))
+    results = []
+    for most in (1, 0):
+        monkeypatch.setattr(kernels, "_most_programs", lambda tensor, most=most: most)
+        p = make_problem(seed=12, rows=50, n_in=40, widths=(15, 10))
+        arguments = (p.weight, p.bias, p.x, p.target, None, 20, *flatten(p.suffix, p.activation), losses.code(p.loss))
+        results.append([p.weight, p.bias, *kernels.sngd_epoch_(*arguments, torch.tensor(LR))])
+    assert launched == [1]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
