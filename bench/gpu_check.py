@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -22,6 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +41,23 @@ SHAPES = [  # rows, n_in, widths of the active layer and its suffix
     (1, 5, (4, 3)), (9, 7, (1,)), (20, 784, (100, 10)), (100, 784, (100, 10)), (100, 100, (10,)),
     (33, 784, (400, 200, 10)), (17, 65, (129, 31, 7, 5)), (50, 3072, (512, 10)), (40, 60, (30, 784)),
 ]  # fmt: skip
+PLANS = ("auto", "fused")  # as DANTE_GPU_PLAN names them
 TIMED = [(784, 100, 10), (784, 400, 200, 10), (3072, 512, 10)]
 BATCHES = (20, 100, 500)
 
 
 class Skipped(Exception):
     """A check cannot be made here, and why."""
+
+
+@contextmanager
+def chosen_plan(name: str) -> Iterator[None]:
+    """The GPU kernels take this plan."""
+    os.environ["DANTE_GPU_PLAN"] = name
+    try:
+        yield
+    finally:
+        del os.environ["DANTE_GPU_PLAN"]
 
 
 def moved(problem: Problem, device: torch.device) -> Problem:
@@ -96,33 +110,40 @@ def check_right(device: torch.device, few: bool) -> str:
                 problem = make_problem(**case)
                 truth = results_of(problem.to(torch.float64), "reference", momentum)
                 theirs = results_of(moved(problem, device), "reference", momentum)
-                ours = results_of(moved(problem, device), "triton", momentum)
-                for i, (a, b, c) in enumerate(zip(ours, theirs, truth, strict=True)):
-                    if precision == "medium":  # torch's own switch does not make its products this narrow everywhere
-                        assert (a - c).norm() <= 0.03 * c.norm() + 1e-6, f"{case}, momentum {momentum}: result {i}"
-                    else:
-                        assert_error_rule(f"{precision}, {case}, momentum {momentum}: result {i}", a, b, c)
-                count += 1
+                for plan in PLANS:
+                    with chosen_plan(plan):
+                        ours = results_of(moved(problem, device), "triton", momentum)
+                    for i, (a, b, c) in enumerate(zip(ours, theirs, truth, strict=True)):
+                        name = f"{plan}, {precision}, {case}, momentum {momentum}: result {i}"
+                        if precision == "medium":  # torch's own switch does not make its products this narrow everywhere
+                            assert (a - c).norm() <= 0.03 * c.norm() + 1e-6, name
+                        else:
+                            assert_error_rule(name, a, b, c)
+                    count += 1
     torch.set_float32_matmul_precision("highest")
     return f"{count} cases"
 
 
 def check_epoch_equals_steps(device: torch.device, few: bool) -> str:
-    """A pass gives the bits of its steps taken one by one on gathered rows."""
-    for case in cases(few):
+    """A pass gives the bits of its steps taken one by one on gathered rows.
+
+    The plan may be chosen by the number of rows, so with "auto" all mini-batches are of one size.
+    """
+    for plan, case in itertools.product(PLANS, cases(few)):
         whole, single = (moved(make_problem(**case), device) for _ in range(2))
         rows = whole.x.shape[0]
-        order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(device)
         batch = max(1, rows // 3)
-        values, norms = ops.sngd_epoch_(*whole.args[:4], order, batch, *whole.args[4:], 0.1, backend="triton")
-        for step, start in enumerate(range(0, rows, batch)):
-            chosen = order[start : start + batch]
-            value, norm = ops.sngd_step_(
-                single.weight, single.bias, single.x[chosen], single.target[chosen], *single.args[4:], 0.1, backend="triton"
-            )
-            assert torch.equal(value, values[step]), f"{case}: loss of step {step}"
-            assert torch.equal(norm, norms[step]), f"{case}: norm of step {step}"
-        assert torch.equal(whole.weight, single.weight), f"{case}: weight"
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(device)
+        order = order[: rows // batch * batch] if plan == "auto" else order
+        with chosen_plan(plan):
+            values, norms = ops.sngd_epoch_(*whole.args[:4], order, batch, *whole.args[4:], 0.1, backend="triton")
+            for step, chosen in enumerate(order.split(batch)):
+                value, norm = ops.sngd_step_(
+                    single.weight, single.bias, single.x[chosen], single.target[chosen], *single.args[4:], 0.1, backend="triton"
+                )
+                assert torch.equal(value, values[step]), f"{plan}, {case}: loss of step {step}"
+                assert torch.equal(norm, norms[step]), f"{plan}, {case}: norm of step {step}"
+        assert torch.equal(whole.weight, single.weight), f"{plan}, {case}: weight"
     return "all cases"
 
 
@@ -131,22 +152,25 @@ def check_repeats(device: torch.device, few: bool) -> str:
     repeats = 3 if few else 200
     load = torch.randn(2048, 2048, device=device) if device.type == "cuda" else None
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    for rows, n_in, widths in [SHAPES[0]] if few else [SHAPES[3], SHAPES[5]]:
+    shapes = [SHAPES[0]] if few else [SHAPES[2], SHAPES[3], SHAPES[5]]
+    for plan, (rows, n_in, widths) in itertools.product(PLANS, shapes):
         first = None
         for _ in range(repeats):
             if stream is not None:
                 with torch.cuda.stream(stream):
                     load = (load @ load).clamp(-1, 1)
             problem = moved(make_problem(seed=3, rows=rows, n_in=n_in, widths=widths), device)
-            got = results_of(problem, "triton", 0.9)
+            with chosen_plan(plan):
+                got = results_of(problem, "triton", 0.9)
             first = first or got
-            assert all(torch.equal(a, b) for a, b in zip(first, got, strict=True)), f"{n_in}-{widths} differs from run to run"
+            same = all(torch.equal(a, b) for a, b in zip(first, got, strict=True))
+            assert same, f"{plan}, {n_in}-{widths} differs from run to run"
     return f"{repeats} repeats"
 
 
 def check_skips(device: torch.device, few: bool) -> str:
     """NaN in the input, a class out of range and a row number out of range: the step is skipped and reported."""
-    for spoil in ("x", "target", "order"):
+    for plan, spoil in itertools.product(PLANS, ("x", "target", "order")):
         problem = moved(make_problem(seed=2, rows=8, class_indices=True), device)
         order = torch.arange(8, device=device)
         if spoil == "x":
@@ -158,7 +182,8 @@ def check_skips(device: torch.device, few: bool) -> str:
         else:
             continue
         before = problem.weight.clone()
-        _, norms = ops.sngd_epoch_(*problem.args[:4], order, 8, *problem.args[4:], 0.1, backend="triton")
+        with chosen_plan(plan):
+            _, norms = ops.sngd_epoch_(*problem.args[:4], order, 8, *problem.args[4:], 0.1, backend="triton")
         assert bool(norms.isnan().all()), spoil
         assert torch.equal(problem.weight, before), spoil
     return "NaN, class and row number"
@@ -232,6 +257,10 @@ def competitors(widths: tuple[int, ...], batch: int, device: torch.device) -> tu
     def sngd_triton() -> object:
         return ops.sngd_epoch_(*mine.args[:4], order, batch, *mine.args[4:], lr, backend="triton")
 
+    def sngd_triton_fused() -> object:
+        with chosen_plan("fused"):
+            return sngd_triton()
+
     def sngd_torch() -> object:
         p = plain
         return reference.sngd_epoch_(
@@ -251,9 +280,15 @@ def competitors(widths: tuple[int, ...], batch: int, device: torch.device) -> tu
             gradients = torch.autograd.grad(torch.nn.functional.mse_loss(h, one_hot[rows]), parameters)
             torch._foreach_add_([p.detach() for p in parameters], gradients, alpha=-1e-3)
 
-    eager = {"sngd_triton": sngd_triton, "sngd_torch_eager": sngd_torch, "sgd_torch_eager": sgd_torch}
+    eager = {
+        "sngd_triton": sngd_triton,
+        "sngd_triton_fused": sngd_triton_fused,
+        "sngd_torch_eager": sngd_torch,
+        "sgd_torch_eager": sgd_torch,
+    }
     graphs = {
         "sngd_triton_graph": graph_of(sngd_triton).replay,
+        "sngd_triton_fused_graph": graph_of(sngd_triton_fused).replay,
         "sngd_torch_graph": graph_of(sngd_torch).replay,
         "sgd_torch_graph": graph_of(sgd_torch).replay,
     }
@@ -286,7 +321,7 @@ def timings(device: torch.device) -> list[dict[str, Any]]:
                 )  # fmt: skip
             best = min(r["us_per_step"] for r in rows[-len(calls) :] if "triton" not in r["method"])
             for r in rows[-len(calls) :]:
-                print(f"{r['net']:>16} batch {batch:>3} {r['method']:>18} {r['us_per_step']:9.2f} us, best peer {best:.2f}")
+                print(f"{r['net']:>16} batch {batch:>3} {r['method']:>23} {r['us_per_step']:9.2f} us, best peer {best:.2f}")
     return rows
 
 
@@ -321,8 +356,9 @@ def main() -> int:
         print(f"the triton backend cannot be used: {reason}", file=sys.stderr)
         return 2
     if arguments.sanitize:
-        for case in list(cases(few=True))[::3]:
-            results_of(moved(make_problem(**case), device), "triton", 0.9)
+        for plan, case in itertools.product(PLANS, list(cases(few=True))[::3]):
+            with chosen_plan(plan):
+                results_of(moved(make_problem(**case), device), "triton", 0.9)
         return 0
     report: dict[str, Any] = {"environment": environment(device), "checks": {}, "timings": []}
     for check in CHECKS:

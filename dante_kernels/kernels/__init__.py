@@ -7,6 +7,7 @@ TRITON_INTERPRET=1 the same kernels run on CPU tensors. Importing this compiles 
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import torch
@@ -27,8 +28,14 @@ def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 def _most_programs(tensor: Tensor) -> int:
     """How many programs of a persistent kernel are sure to be on the device at once: one for each multiprocessor.
 
-    The interpreter runs one program after the other, so there it must be one that waits for no other.
+    The interpreter runs one program after the other, so there it must be one that waits for no other. With the environment
+    variable DANTE_GPU_PLAN=fused there are none.
     """
+    wanted = os.environ.get("DANTE_GPU_PLAN", "auto")
+    if wanted not in ("auto", "fused"):
+        raise ValueError(f"DANTE_GPU_PLAN: expected auto or fused, got {wanted!r}")
+    if wanted == "fused":
+        return 0
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 

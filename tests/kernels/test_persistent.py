@@ -288,11 +288,18 @@ def test_a_small_layer_takes_the_plan_and_agrees_with_the_fused_one(monkeypatch)
     launched = []
     monkeypatch.setattr(persistent, "run", lambda *a, run=persistent.run: launched.append(1) or run(*a))
     results = []
-    for most in (1, 0):
-        monkeypatch.setattr(kernels, "_most_programs", lambda tensor, most=most: most)
+    for wanted in ("auto", "fused"):
+        monkeypatch.setenv("DANTE_GPU_PLAN", wanted)
         p = make_problem(seed=12, rows=50, n_in=40, widths=(15, 10))
         arguments = (p.weight, p.bias, p.x, p.target, None, 20, *flatten(p.suffix, p.activation), losses.code(p.loss))
         results.append([p.weight, p.bias, *kernels.sngd_epoch_(*arguments, torch.tensor(LR))])
     assert launched == [1]
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_plan_is_refused(monkeypatch):
+    monkeypatch.setenv("DANTE_GPU_PLAN", "fast")
+    p = make_problem(seed=12)
+    with pytest.raises(ValueError, match="DANTE_GPU_PLAN: expected auto or fused, got 'fast'"):
+        kernels.sngd_step_(p.weight, p.bias, p.x, p.target, *flatten(p.suffix, p.activation), 0, torch.tensor(LR))

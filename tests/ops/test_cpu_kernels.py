@@ -156,7 +156,8 @@ import sys, time, torch
 sys.path[:0] = sys.argv[1:]
 from test_cpu_kernels import long_pass
 torch.set_num_threads(2)
-for _ in range(100):
+end = time.monotonic() + 30
+while time.monotonic() < end:
     all_threads, this_thread = time.process_time(), time.thread_time()
     long_pass()
     this_thread, all_threads = time.thread_time() - this_thread, time.process_time() - all_threads
@@ -167,6 +168,8 @@ else:
     folder = os.path.dirname(os.path.abspath(__file__))
     command = [sys.executable, "-c", code, folder, os.path.dirname(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "no pass had help" in done.stderr and os.getloadavg()[0] > len(os.sched_getaffinity(0)) - 0.5:
+        pytest.skip("the cores are busy with something else")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
