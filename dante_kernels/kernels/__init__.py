@@ -113,6 +113,6 @@ def sngd_epoch_(
         velocity_weight is not None, x.dtype, _most_programs(weight),
     )  # fmt: skip
     with _on_device_of(weight):
-        if tiles is not None and rows > 0:
+        if tiles is not None and 0 < rows < persistent.MOST_STEPS * batch_size:
             return persistent.run(layers, x, target, order, batch_size, loss, rule, tiles)
         return Pass(layers, x, target, order, batch_size, loss).run(rule)

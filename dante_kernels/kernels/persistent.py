@@ -27,6 +27,9 @@ from .fused import Layer, Update, stride_of
 from .layers import softmax_tile
 from .plan import Persistent
 
+# With more steps in one launch the barrier's counter, of 32 bits, could overflow on the largest grids.
+MOST_STEPS = 2**21
+
 
 @triton.jit
 def arrive(p_counter):

@@ -151,8 +151,9 @@ def persistent(
     n_in, n_out, *suffix = widths
     n_next = suffix[0] if suffix else 0
     rows = _power_of_two(batch, 32, 64)
-    # Widened bfloat16 in a larger dot would be rounded to tf32: see `_largest`.
-    if len(suffix) > 1 or n_next > 64 or batch > rows or (x_dtype != torch.float32 and rows > 32):
+    # Widened bfloat16 in a larger dot would be rounded to tf32 (see `_largest`); a last layer with 64 rows spills under 3.6.
+    most_rows = 64 if suffix and x_dtype == torch.float32 else 32
+    if len(suffix) > 1 or n_next > 64 or batch > most_rows:
         return None
     fitting = []
     for warps, units, inputs in itertools.product((4, 8), (16, 32, 64), (16, 32, 64)):

@@ -55,6 +55,11 @@ def test_no_kernel_is_a_trap(compiled: list[dict]) -> None:
     assert not offenders(compiled, lambda e: e["trap"] > 0 or e["registers"] < 16)
 
 
+def test_grid_barriers_are_as_many_as_claimed_and_have_acquire_and_release(compiled: list[dict]) -> None:
+    assert {e["barriers"] for e in compiled} == {0, 1, 2, 3}
+    assert not offenders(compiled, lambda e: not e["barriers"] == e["acquires"] == e["releases"])
+
+
 def test_products_use_the_arithmetic_they_claim(compiled: list[dict]) -> None:
     def wrong(e: dict) -> bool:
         if not e["kernel"].startswith(("product", "gradient", "persistent")):

@@ -115,13 +115,13 @@ def test_strides_and_bfloat16():
     torch.testing.assert_close(p.weight, expected[0], rtol=1e-5, atol=1e-6)
 
 
-REAL = [(98, (100, 10), 20), (98, (100,), 50), (784, (10,), 20)]
+REAL = [(98, (100, 10), 20), (98, (100,), 20), (784, (10,), 20)]
 
 
 @pytest.mark.parametrize("case", [*[(n_in, widths, 20) for n_in, widths in SHAPES[1:5]], *REAL], ids=str)
 def test_twenty_unfair_schedules_give_the_same_bits(case):
     n_in, widths, batch = case
-    p = make_problem(seed=7, rows=3 * batch + 5, n_in=n_in, widths=widths)
+    p = make_problem(seed=7, rows=2 * batch + 5, n_in=n_in, widths=widths)
     results = [assert_pass_is_right(p.clone(), batch, tiles(p, batch), seed=seed) for seed in range(20)]
     assert all(torch.equal(results[0], other) for other in results[1:])
 
@@ -201,7 +201,7 @@ def mutant(tmp_path: Path, old: str, nth: int, new: str) -> ModuleType:
 def test_the_schedules_see_what_is_missing(name, tmp_path):
     old, nth, new, (n_in, widths) = MUTANTS[name]
     module = mutant(tmp_path, old, nth, new)
-    p = make_problem(seed=11, rows=100, n_in=n_in, widths=widths)
+    p = make_problem(seed=11, rows=50, n_in=n_in, widths=widths)
     right = p.clone()
     run(right, 10, tiles(p, 10))
     caught = 0
