@@ -181,8 +181,7 @@ def persistent(
 
         m_d = m_row[:, None] & m_unit[None, :]
         if p_next_weight is not None:
-            # Units that are not there must not reach the next layer: phi(0) need not be 0.
-            h = tl.where(m_d, h, 0.0)
+            # Units that are not there meet weights of 0.
             next_zeros = tl.zeros([BLOCK_B, BLOCK_NEXT], tl.float32)
             next_z = multiply_add(h, tl.trans(next_w), next_zeros, PRECISION)
             if SPLIT_OUT > 1:

@@ -90,10 +90,8 @@ SOFTMAX_COLUMNS, SOFTMAX_WARPS = 1024, 4
 class Device(NamedTuple):
     """What the cost model knows of a GPU. From public figures and latencies: nothing of it has been measured."""
 
-    multiprocessors: int = 132
     barrier: float = 0.9  # microseconds of a grid barrier
-    launch: float = 4.0  # microseconds from one small kernel to the next
-    l2_per_multiprocessor: float = 0.12  # MB, that is bytes a microsecond / 1e6, that one multiprocessor reads from L2
+    l2_per_multiprocessor: float = 0.12  # MB a microsecond that one multiprocessor reads from L2
     fma: float = 0.253  # millions of float32 fused multiply-adds a microsecond on one multiprocessor
 
 
