@@ -17,7 +17,7 @@ from .. import losses
 from . import persistent, plan
 from .fused import Layer, Pass, Update, chain, forward
 
-__all__ = ["layer_forward", "layer_gradient", "sngd_epoch_", "sngd_step_"]
+__all__ = ["blocks_tiles", "layer_forward", "layer_gradient", "sngd_blocks_", "sngd_epoch_", "sngd_epochs_", "sngd_step_"]
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -105,14 +105,72 @@ def sngd_epoch_(
     nesterov: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A step for each mini-batch of `batch_size` rows, in the given order, in place: (losses, norms)."""
-    layers = chain(weight, bias, suffix_weights, suffix_biases, activations)
-    rule = Update(lr, velocity_weight, velocity_bias, momentum, nesterov)
+    call = (weight, bias, x, target, order, batch_size, suffix_weights, suffix_biases, activations, loss)
+    return sngd_epochs_([(*call, lr, velocity_weight, velocity_bias, momentum, nesterov)])[0]
+
+
+def sngd_epochs_(calls: list[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
+    """`sngd_epoch_` for models side by side: calls alike in everything but their tensors' addresses and values.
+
+    In one launch where the persistent plan serves, or as few as there is room for on the device; else one after the other.
+    Each has the bits that it would have alone.
+    """
+    (weight, bias, x, target, order, batch_size, *problem), (lr, *velocities, momentum, nesterov) = calls[0][:10], calls[0][10:]
+    layers = chain(weight, bias, *problem[:3])
+    loss = problem[3]
     rows = x.shape[0] if order is None else order.shape[0]
+    most = _most_programs(weight)
     tiles = plan.persistent(
         [layers[0].n_in, *(layer.n_out for layer in layers)], min(batch_size, rows), loss == losses.CROSS_ENTROPY,
-        velocity_weight is not None, x.dtype, _most_programs(weight),
+        velocities[0] is not None, most,
     )  # fmt: skip
+    results: list[tuple[Tensor, Tensor]] = []
     with _on_device_of(weight):
-        if tiles is not None and 0 < rows < persistent.MOST_STEPS * batch_size:
-            return persistent.run(layers, x, target, order, batch_size, loss, rule, tiles)
-        return Pass(layers, x, target, order, batch_size, loss).run(rule)
+        if tiles is None or not rows:
+            for call in calls:
+                rule = Update(*call[10:])
+                results.append(Pass(chain(call[0], call[1], *call[6:9]), *call[2:6], loss).run(rule))
+            return results
+        at_once = max(1, most // (tiles.split_out * tiles.split_in))
+        for first in range(0, len(calls), at_once):
+            models = [persistent.model(*call) for call in calls[first : first + at_once]]
+            results += persistent.run(models, layers, batch_size, loss, momentum, nesterov, tiles)
+    return results
+
+
+def blocks_tiles(widths: list[int], batch_size: int, loss: int, momentum: bool, steps: float, weight: Tensor) -> Any:
+    """The tiles with which `sngd_blocks_` runs blocks of about `steps` steps in one launch, or None where it should not."""
+    return plan.blocks(widths, batch_size, loss == losses.CROSS_ENTROPY, momentum, steps, _most_programs(weight))
+
+
+def sngd_blocks_(
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    x: Tensor,
+    target: Tensor,
+    order: Tensor | None,
+    schedule: Tensor,
+    batch_size: int,
+    activations: list[float],
+    loss: int,
+    lr: Tensor,
+    velocity_weights: list[Tensor | None],
+    velocity_biases: list[Tensor | None],
+    momentum: float,
+    nesterov: bool,
+    relative: bool,
+    reset: bool,
+    tiles: Any,
+) -> tuple[Tensor, Tensor]:
+    """Blocks of two layers in turn in one launch, in place: (losses, norms), one of each a step.
+
+    `schedule` (steps, 4) holds each step's first position in `order`, its number of rows (at most `batch_size`), its active
+    layer and its block; `lr` (blocks,) the blocks' rates; the rest as for `sngd_epoch_`, of both layers.
+    """
+    layers = chain(weights[0], biases[0], weights[1:], biases[1:], activations)
+    tensors = [weights[0], biases[0], velocity_weights[0], velocity_biases[0], x, target, order]
+    tensors += [weights[1], biases[1], velocity_weights[1], velocity_biases[1], lr]
+    with _on_device_of(weights[0]):
+        model = persistent.Model(*tensors)
+        blocks = persistent.Blocks(schedule, relative, reset)
+        return persistent.run([model], layers, batch_size, loss, momentum, nesterov, tiles, blocks)[0]

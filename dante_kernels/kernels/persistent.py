@@ -1,117 +1,71 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # ruff: noqa: SIM102, SIM108 - an `if` on a constexpr is decided at compile time, and stands apart from the others
-"""A whole pass of SNGD over one layer in one launch: the layer stays in registers, programs meet at grid barriers."""
+"""Many steps of SNGD in one launch: the layer stays in registers, programs meet at grid barriers."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launcher
-from .device import (
-    CROSS_ENTROPY,
-    MSE,
-    divide,
-    element_loss,
-    multiply_add,
-    phi,
-    residual,
-    slope,
-    source_rows,
-    target_tile,
-    tile_sum,
-)
-from .fused import Layer, Update, stride_of
-from .layers import softmax_tile
+from . import barrier, launcher
+from .barrier import arrive, meet, wait
+from .device import CROSS_ENTROPY, MSE, divide, multiply_add, phi, slope, tile_sum
+from .fused import Layer, stride_of
 from .plan import Persistent
+from .tile import last_layer, load_x, mini_batch, move, next_product, product, rows_of, sum_of_slices, with_bias
 
-# With more steps in one launch the barrier's counter, of 32 bits, could overflow on the largest grids.
-MOST_STEPS = 2**21
-
-
-@triton.jit
-def arrive(p_counter):
-    """Count this program in at a barrier; what it stored before is then visible to whoever has waited for it."""
-    tl.debug_barrier()
-    tl.atomic_add(p_counter, 1, sem="release", scope="gpu")
+SPACING = tl.constexpr(barrier.SPACING)
+POINTERS = tl.constexpr(14)  # of a model, in the order of the kernel's arguments
 
 
-@triton.jit
-def wait(p_counter, arrivals):
-    """Wait until the counter, which only grows, has reached `arrivals`."""
-    while tl.atomic_add(p_counter, 0, sem="acquire", scope="gpu") < arrivals:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit
-def batch_rows(p_order, stride_order, first, rows, batch, x_rows, BLOCK_B: tl.constexpr):
-    """Of the mini-batch at position `first`: source rows, which of them exist, which belong to it, and their number."""
-    position = tl.arange(0, BLOCK_B)
-    count = tl.minimum(rows - first, batch)
-    m_row = position < count
-    row, exists = source_rows(p_order, stride_order, position.to(tl.int64) + first, m_row, x_rows)
-    return row, exists, m_row, count
-
-
-@triton.jit
-def sum_of_slices(p_slices, tile, size, SLICES: tl.constexpr):
-    """The sum of SLICES exchanged tiles, in their order; `size` floats lie between one and the next."""
-    total = tl.load(p_slices + tile, cache_modifier=".cg")
-    for i in tl.static_range(1, SLICES):
-        total += tl.load(p_slices + i * size + tile, cache_modifier=".cg")
-    return total
-
-
-@triton.jit
-def move(parameter, velocity, grad, norm, lr, momentum, moves, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr):
-    """(parameter, velocity) after one step in the reference's order of operations, or as they were unless `moves`."""
-    direction = divide(grad, norm)
-    if MOMENTUM:
-        new_velocity = momentum * velocity + direction
-        velocity = tl.where(moves, new_velocity, velocity)
-        if NESTEROV:
-            direction = direction + momentum * new_velocity
-        else:
-            direction = new_velocity
-    return tl.where(moves, parameter - lr * direction, parameter), velocity
-
-
-_VARYING = ["rows", "batch", "x_rows", "stride_order", "stride_tr", "stride_tc"]
+_VARYING = ["rows", "batch", "steps", "x_rows", "stride_order", "stride_tr", "stride_tc"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def persistent(
-    p_weight, p_bias, p_velocity_weight, p_velocity_bias, p_x, p_target, p_order, p_next_weight, p_next_bias,
-    p_z, p_next_z, p_sums, p_counter, p_lr, p_losses, p_norms,
-    rows, batch, x_rows, n_in, n_out, n_next, share_in, share_out,
+    p_weight, p_bias, p_velocity_weight, p_velocity_bias, p_x, p_target, p_order,
+    p_next_weight, p_next_bias, p_next_velocity_weight, p_next_velocity_bias, p_lr, p_losses, p_norms,
+    p_offsets, p_schedule, p_z, p_next_z, p_sums, p_counter,
+    rows, batch, steps, x_rows, n_in, n_out, n_next, share_in, share_out,
     stride_wo, stride_wi, stride_bias, stride_vo, stride_vi, stride_vbias, stride_xr, stride_xc, stride_order,
-    stride_tr, stride_tc, stride_no, stride_ni, stride_nbias,
+    stride_tr, stride_tc, stride_no, stride_ni, stride_nbias, stride_nvo, stride_nvi, stride_nvbias,
     low, high, next_low, next_high, momentum,
     KIND: tl.constexpr, NEXT_KIND: tl.constexpr, LOSS: tl.constexpr, CLASSES: tl.constexpr, NESTEROV: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT_OUT: tl.constexpr, SPLIT_IN: tl.constexpr, WARPS: tl.constexpr,
+    RELATIVE: tl.constexpr, RESET: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT_OUT: tl.constexpr, SPLIT_IN: tl.constexpr, WARPS: tl.constexpr, ONE_TILE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_NEXT: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """SNGD over all mini-batches of `batch` of the `rows` visited rows, on the last layer, or on the one before it.
+    """SNGD over mini-batches of up to `batch` rows on the last layer, on the one before it, or on both of them in turn.
 
-    A cooperative 1D grid of SPLIT_OUT SPLIT_IN programs, all resident. Program (u, i) keeps W[units of u, inputs of i] and
-    its velocity in registers from the first step to the last; u has `share_out` <= BLOCK_OUT units, i has `share_in` <=
-    WARPS BLOCK_IN inputs. A tile is (WARPS, BLOCK_OUT, BLOCK_IN), a warp for each slice of the inputs: so its products are
-    split over the inner dimension, and no warp holds all of W. Up to three barriers a step:
+    A cooperative 1D grid of SPLIT_OUT SPLIT_IN programs for each model, all resident; models know nothing of each other.
+    Program (u, i) keeps W[units of u, inputs of i] and its velocity in registers from the first step to the last; u has
+    `share_out` <= BLOCK_OUT units, i has `share_in` <= WARPS BLOCK_IN inputs. A tile is (WARPS, BLOCK_OUT, BLOCK_IN), a
+    warp for each slice of the inputs: so its products are split over the inner dimension, and no warp holds all of W. Of
+    a next layer it keeps the columns of u's units. Up to three barriers a step:
 
-    - with SPLIT_IN > 1: the partial Z = X W^T of a unit group's programs are exchanged (`z`, (SPLIT_OUT, SPLIT_IN,
-      BLOCK_B, BLOCK_OUT)), and each of them adds up all of them;
-    - with a next layer (p_next_weight) and SPLIT_OUT > 1: likewise its partial pre-activations (`next_z`, (SPLIT_OUT,
-      BLOCK_B, BLOCK_NEXT)), from one program of each unit group;
-    - with more than one program: (squares, loss) of each (`sums`, (2, programs, 2)), for s^2 and the loss.
+    - with SPLIT_IN > 1: the partial Z = X W^T of a unit group's programs are exchanged in `z`, and each of them adds up
+      all of them;
+    - with a next layer (p_next_weight) and SPLIT_OUT > 1: likewise its partial pre-activations, in `next_z`, from one
+      program of each unit group;
+    - with more than one program: (squares, loss) of each, in `sums`, for s^2 and the loss.
+
+    Where a mini-batch is one tile of BLOCK_B rows (ONE_TILE), X and Z stay in registers over the step, and the rows of the
+    next mini-batch are loaded while the last barrier is waited for. Otherwise tiles follow each other between the
+    barriers; X is read twice, Z is added up once, by one program of the unit group for each tile, and read from memory.
 
     Every program adds up exchanged numbers in the same order. `sums` is used in turn by even and odd steps, since there may
-    be no other barrier that keeps a fast program from its next step; `z` and `next_z` need no second half, since each
-    program passes the last barrier before it stores to them again. `counter` is 0 at the launch and only grows. The rows
-    of the next mini-batch are loaded while the last barrier is waited for.
+    be no other barrier that keeps a fast program from its next step; the other buffers need no second half, since each
+    program passes the last barrier before it stores to them again.
+
+    With `schedule` (steps, 4) int64 a step's row holds (first position, number of rows, active layer, block): both layers
+    take their turns, each block with a rate of its own, lr[block], times the layer's Frobenius norm at the block's start
+    where RELATIVE, and from zero velocity where RESET. With `offsets` (models, POINTERS) int64 the first POINTERS pointers
+    of each model lie that many elements after those of the call.
 
     x, target, order, strides, the loss and bad rows as in `layers.product`; for the cross-entropy the last layer must lie
     whole in every program that computes it (SPLIT_OUT = 1 without a next layer; n_next <= BLOCK_NEXT). Loss and norm of
@@ -119,11 +73,49 @@ def persistent(
     """
     PROGRAMS: tl.constexpr = SPLIT_OUT * SPLIT_IN
     MOMENTUM: tl.constexpr = p_velocity_weight is not None
-    program = tl.program_id(0)
+    HAS_NEXT: tl.constexpr = p_next_weight is not None
+    ROUNDS: tl.constexpr = p_schedule is not None
+    model = tl.program_id(0) // PROGRAMS
+    program = tl.program_id(0) % PROGRAMS
     unit_group = program // SPLIT_IN
     input_group = program % SPLIT_IN
+    if p_offsets is not None:
+        p_offset = p_offsets + model * POINTERS
+        p_weight += tl.load(p_offset)
+        p_x += tl.load(p_offset + 4)
+        p_target += tl.load(p_offset + 5)
+        p_lr += tl.load(p_offset + 11)
+        p_losses += tl.load(p_offset + 12)
+        p_norms += tl.load(p_offset + 13)
+        if p_order is not None:
+            p_order += tl.load(p_offset + 6)
+        if p_bias is not None:
+            p_bias += tl.load(p_offset + 1)
+        if MOMENTUM:
+            p_velocity_weight += tl.load(p_offset + 2)
+            if p_bias is not None:
+                p_velocity_bias += tl.load(p_offset + 3)
+        if HAS_NEXT:
+            p_next_weight += tl.load(p_offset + 7)
+            if p_next_bias is not None:
+                p_next_bias += tl.load(p_offset + 8)
+            if MOMENTUM and ROUNDS:
+                p_next_velocity_weight += tl.load(p_offset + 9)
+                if p_next_bias is not None:
+                    p_next_velocity_bias += tl.load(p_offset + 10)
+    tiles = tl.cdiv(batch, BLOCK_B)
+    z_size = tiles * BLOCK_B * BLOCK_OUT
+    next_size = tiles * BLOCK_B * BLOCK_NEXT
+    if p_z is not None:
+        # A unit group's slices, and after them their sum.
+        p_z += (model * SPLIT_OUT + unit_group).to(tl.int64) * (SPLIT_IN + 1) * z_size
+    if p_next_z is not None:
+        p_next_z += model.to(tl.int64) * SPLIT_OUT * next_size
+    if PROGRAMS > 1:
+        p_sums += model * (5 * PROGRAMS)
+        p_counter += model * SPACING
 
-    position = tl.arange(0, BLOCK_B)
+    local_row = tl.arange(0, BLOCK_B)
     local_unit = tl.arange(0, BLOCK_OUT)
     unit = unit_group * share_out + local_unit
     m_unit = (local_unit < share_out) & (unit < n_out)
@@ -131,119 +123,178 @@ def persistent(
     column = input_group * share_in + local_input
     # A slice ends where the next one begins, though its tile may be wider.
     m_column = (local_input < share_in) & (column < n_in)
-    m_tile = m_unit[None, :, None] & m_column[:, None, :]
+    m_w = m_unit[None, :, None] & m_column[:, None, :]
     unit_64 = unit.to(tl.int64)
     column_64 = column.to(tl.int64)
+    following = tl.arange(0, BLOCK_NEXT)
+    m_next = following < n_next
+    m_next_w = m_next[:, None] & m_unit[None, :]
+    z_tile = local_row[:, None] * BLOCK_OUT + local_unit[None, :]
+    next_tile = local_row[:, None] * BLOCK_NEXT + following[None, :]
+    every = tl.arange(0, BLOCK_PROGRAMS)
+    m_every = every < PROGRAMS
 
+    p_x_columns = p_x + column_64[:, None, :] * stride_xc
     p_w = p_weight + unit_64[None, :, None] * stride_wo + column_64[:, None, :] * stride_wi
-    w = tl.load(p_w, mask=m_tile, other=0.0)
+    w = tl.load(p_w, mask=m_w, other=0.0)
     v = w
-    if MOMENTUM:
-        p_v = p_velocity_weight + unit_64[None, :, None] * stride_vo + column_64[:, None, :] * stride_vi
-        v = tl.load(p_v, mask=m_tile, other=0.0)
     bias = tl.zeros([BLOCK_OUT], tl.float32)
     v_bias = bias
+    if MOMENTUM:
+        p_v = p_velocity_weight + unit_64[None, :, None] * stride_vo + column_64[:, None, :] * stride_vi
+        v = tl.load(p_v, mask=m_w, other=0.0)
     if p_bias is not None:
         bias = tl.load(p_bias + unit_64 * stride_bias, mask=m_unit, other=0.0)
         if MOMENTUM:
             v_bias = tl.load(p_velocity_bias + unit_64 * stride_vbias, mask=m_unit, other=0.0)
-    if p_next_weight is not None:
-        following = tl.arange(0, BLOCK_NEXT)
-        m_next = following < n_next
-        p_next = p_next_weight + following.to(tl.int64)[:, None] * stride_no + unit_64[None, :] * stride_ni
-        next_w = tl.load(p_next, mask=m_next[:, None] & m_unit[None, :], other=0.0)
-        next_bias = tl.zeros([BLOCK_NEXT], tl.float32)
+    next_w = tl.zeros([BLOCK_NEXT, BLOCK_OUT], tl.float32)
+    next_bias = tl.zeros([BLOCK_NEXT], tl.float32)
+    if HAS_NEXT:
+        p_next_w = p_next_weight + following.to(tl.int64)[:, None] * stride_no + unit_64[None, :] * stride_ni
+        next_w = tl.load(p_next_w, mask=m_next_w, other=0.0)
         if p_next_bias is not None:
             next_bias = tl.load(p_next_bias + following.to(tl.int64) * stride_nbias, mask=m_next, other=0.0)
+    next_v = next_w
+    next_v_bias = next_bias
+    if ROUNDS and MOMENTUM:
+        p_next_v = p_next_velocity_weight + following.to(tl.int64)[:, None] * stride_nvo + unit_64[None, :] * stride_nvi
+        next_v = tl.load(p_next_v, mask=m_next_w, other=0.0)
+        if p_next_bias is not None:
+            next_v_bias = tl.load(p_next_velocity_bias + following.to(tl.int64) * stride_nvbias, mask=m_next, other=0.0)
+
+    sense = tl.zeros([], tl.int32)
+    if PROGRAMS > 1:
+        sense = tl.load(p_counter, volatile=True)
     lr = tl.load(p_lr)
+    current = tl.full([], -1, tl.int32)
+    first, count, layer, block = mini_batch(p_schedule, 0, steps, rows, batch)
+    if ONE_TILE:
+        row, exists, m_row = rows_of(p_order, stride_order, first, count, 0, x_rows, BLOCK_B)
+        x = load_x(p_x_columns, stride_xr, row, m_row & exists, m_column)
 
-    z_tile = position[:, None] * BLOCK_OUT + local_unit[None, :]
-    if SPLIT_IN > 1:
-        p_z_group = p_z + unit_group * SPLIT_IN * BLOCK_B * BLOCK_OUT
-    arrivals = 0
-    row, exists, m_row, count = batch_rows(p_order, stride_order, 0, rows, batch, x_rows, BLOCK_B)
-    m_x = (m_row & exists)[None, :, None] & m_column[:, None, :]
-    x = tl.load(p_x + row[None, :, None] * stride_xr + column_64[:, None, :] * stride_xc, mask=m_x, other=0.0)
+    for step in range(0, steps):
+        if ROUNDS:
+            if block != current:
+                current = block
+                lr = tl.load(p_lr + block)
+                if RELATIVE:
+                    squares = tile_sum(w * w) + tl.where(input_group == 0, tl.sum(bias * bias, axis=0), 0.0)
+                    next_squares = tile_sum(next_w * next_w)
+                    next_squares += tl.where(program == 0, tl.sum(next_bias * next_bias, axis=0), 0.0)
+                    squares = tl.where(layer == 0, squares, tl.where(input_group == 0, next_squares, 0.0))
+                    if PROGRAMS > 1:
+                        tl.store(p_sums + 4 * PROGRAMS + program, squares)
+                        sense = meet(p_counter, program, sense, PROGRAMS)
+                        p_own = p_sums + 4 * PROGRAMS + every
+                        squares = tl.sum(tl.load(p_own, mask=m_every, other=0.0, cache_modifier=".cg"), axis=0)
+                    lr *= tl.sqrt_rn(squares)
+                if RESET:
+                    v = tl.where(layer == 0, 0.0, v)
+                    v_bias = tl.where(layer == 0, 0.0, v_bias)
+                    next_v = tl.where(layer == 1, 0.0, next_v)
+                    next_v_bias = tl.where(layer == 1, 0.0, next_v_bias)
 
-    for step in range(0, tl.cdiv(rows, batch)):
-        zeros = tl.zeros([WARPS, BLOCK_B, BLOCK_OUT], tl.float32)
-        z = tl.sum(multiply_add(x, tl.permute(w, (0, 2, 1)), zeros, PRECISION), axis=0)
-        if SPLIT_IN > 1:
-            tl.store(p_z_group + input_group * BLOCK_B * BLOCK_OUT + z_tile, z)
-            arrive(p_counter)
-            arrivals += PROGRAMS
-            wait(p_counter, arrivals)
-            z = sum_of_slices(p_z_group, z_tile, BLOCK_B * BLOCK_OUT, SPLIT_IN)
-        if p_bias is not None:
-            z += bias[None, :]
-        z = tl.where(exists[:, None], z, float("nan"))
-        h = phi(z, low, high, KIND)
-
-        m_d = m_row[:, None] & m_unit[None, :]
-        if p_next_weight is not None:
-            # Units that are not there meet weights of 0.
-            next_zeros = tl.zeros([BLOCK_B, BLOCK_NEXT], tl.float32)
-            next_z = multiply_add(h, tl.trans(next_w), next_zeros, PRECISION)
-            if SPLIT_OUT > 1:
-                next_tile = position[:, None] * BLOCK_NEXT + following[None, :]
-                if input_group == 0:
-                    tl.store(p_next_z + unit_group * BLOCK_B * BLOCK_NEXT + next_tile, next_z)
-                arrive(p_counter)
-                arrivals += PROGRAMS
-                wait(p_counter, arrivals)
-                next_z = sum_of_slices(p_next_z, next_tile, BLOCK_B * BLOCK_NEXT, SPLIT_OUT)
-            next_z += next_bias[None, :]
-            output, m_output, width = following, m_next, n_next
-            last_h = phi(next_z, next_low, next_high, NEXT_KIND)
-            last_slope = slope(next_z, next_low, next_high, NEXT_KIND)
+        if ONE_TILE:
+            z = product(x, w, PRECISION)
+            if SPLIT_IN > 1:
+                tl.store(p_z + input_group * z_size + z_tile, z)
+                sense = meet(p_counter, program, sense, PROGRAMS)
+                z = sum_of_slices(p_z + z_tile, z_size, SPLIT_IN)
+            z = with_bias(z, bias, exists)
+            last_z = z
+            if HAS_NEXT:
+                last_z = next_product(z, next_w, low, high, KIND, PRECISION)
+                if SPLIT_OUT > 1:
+                    if input_group == 0:
+                        tl.store(p_next_z + unit_group * next_size + next_tile, last_z)
+                    sense = meet(p_counter, program, sense, PROGRAMS)
+                    last_z = sum_of_slices(p_next_z + next_tile, next_size, SPLIT_OUT)
+                last_z = with_bias(last_z, next_bias, exists)
         else:
-            output, m_output, width = unit, m_unit, n_out
-            last_h = h
-            last_slope = slope(z, low, high, KIND)
+            for tile in range(0, tiles):
+                row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
+                x = load_x(p_x_columns, stride_xr, row, m_row & exists, m_column)
+                tl.store(p_z + input_group * z_size + tile * (BLOCK_B * BLOCK_OUT) + z_tile, product(x, w, PRECISION))
+            if SPLIT_IN > 1:
+                sense = meet(p_counter, program, sense, PROGRAMS)
+            else:
+                tl.debug_barrier()
+            for tile in range(input_group, tiles, SPLIT_IN):
+                row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
+                p_tile = p_z + tile * (BLOCK_B * BLOCK_OUT) + z_tile
+                z = with_bias(sum_of_slices(p_tile, z_size, SPLIT_IN), bias, exists)
+                tl.store(p_tile + SPLIT_IN * z_size, z)
+                if HAS_NEXT:
+                    p_next_tile = p_next_z + unit_group * next_size + tile * (BLOCK_B * BLOCK_NEXT) + next_tile
+                    tl.store(p_next_tile, next_product(z, next_w, low, high, KIND, PRECISION))
+            if PROGRAMS > 1:
+                sense = meet(p_counter, program, sense, PROGRAMS)
+            else:
+                tl.debug_barrier()
 
-        t = target_tile(p_target, row, m_row & exists, output, m_output, stride_tr, stride_tc, width, CLASSES)
-        m_last = m_row[:, None] & m_output[None, :]
         elements = count.to(tl.float32)
         if LOSS != CROSS_ENTROPY:
-            elements *= width
+            elements *= n_next if HAS_NEXT else n_out
         scale = divide(tl.full([], 2.0 if LOSS == MSE else 1.0, tl.float32), elements)
-        if LOSS == CROSS_ENTROPY:
-            d, value = softmax_tile(last_h, t, m_output, scale)
-        else:
-            d = residual(last_h, t, scale, LOSS)
-            value = element_loss(last_h, t, LOSS)
-        d = tl.where(m_last, d * last_slope, 0.0)
-        loss = tile_sum(tl.where(m_last, value, 0.0))
-        if p_next_weight is not None:
-            back = tl.zeros([BLOCK_B, BLOCK_OUT], tl.float32)
-            back = multiply_add(d, next_w, back, PRECISION)
-            d = tl.where(m_d, back * slope(z, low, high, KIND), 0.0)
+        loss = tl.zeros([], tl.float32)
+        grad = tl.zeros([WARPS, BLOCK_OUT, BLOCK_IN], tl.float32)
+        grad_bias = tl.zeros([BLOCK_OUT], tl.float32)
+        next_grad = tl.zeros([BLOCK_NEXT, BLOCK_OUT], tl.float32)
+        next_grad_bias = tl.zeros([BLOCK_NEXT], tl.float32)
+        for tile in range(0, 1 if ONE_TILE else tiles):
+            if not ONE_TILE:
+                row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
+                z = tl.load(p_z + SPLIT_IN * z_size + tile * (BLOCK_B * BLOCK_OUT) + z_tile, cache_modifier=".cg")
+                last_z = z
+                if HAS_NEXT:
+                    p_next_tile = p_next_z + tile * (BLOCK_B * BLOCK_NEXT) + next_tile
+                    last_z = with_bias(sum_of_slices(p_next_tile, next_size, SPLIT_OUT), next_bias, exists)
+                x = load_x(p_x_columns, stride_xr, row, m_row & exists & (layer == 0), m_column)
+            if HAS_NEXT:
+                d, value = last_layer(
+                    last_z, p_target, row, exists, m_row, following, m_next, stride_tr, stride_tc, n_next, scale,
+                    next_low, next_high, NEXT_KIND, LOSS, CLASSES,
+                )  # fmt: skip
+                m_z = m_row[:, None] & m_unit[None, :]
+                if ROUNDS:
+                    if layer == 1:
+                        h = tl.where(m_z, phi(z, low, high, KIND), 0.0)
+                        next_grad = multiply_add(tl.trans(d), h, next_grad, PRECISION)
+                        next_grad_bias += tl.sum(d, axis=0)
+                back = multiply_add(d, next_w, tl.zeros([BLOCK_B, BLOCK_OUT], tl.float32), PRECISION)
+                d = tl.where(m_z, back * slope(z, low, high, KIND), 0.0)
+            else:
+                d, value = last_layer(
+                    last_z, p_target, row, exists, m_row, unit, m_unit, stride_tr, stride_tc, n_out, scale,
+                    low, high, KIND, LOSS, CLASSES,
+                )  # fmt: skip
+            loss += value
+            if layer == 0:
+                d_t = tl.broadcast_to(tl.trans(d)[None, :, :], [WARPS, BLOCK_OUT, BLOCK_B])
+                grad = multiply_add(d_t, x, grad, PRECISION)
+                grad_bias += tl.sum(d, axis=0)
 
-        d_t = tl.broadcast_to(tl.trans(d)[None, :, :], [WARPS, BLOCK_OUT, BLOCK_B])
-        grad = multiply_add(d_t, x, tl.zeros([WARPS, BLOCK_OUT, BLOCK_IN], tl.float32), PRECISION)
         squares = tile_sum(grad * grad)
-        grad_bias = tl.sum(d, axis=0)
         if p_bias is not None:
             squares += tl.where(input_group == 0, tl.sum(grad_bias * grad_bias, axis=0), 0.0)
+        if ROUNDS:
+            squares += tl.where(input_group == 0, tile_sum(next_grad * next_grad), 0.0)
+            if p_next_bias is not None:
+                squares += tl.where(program == 0, tl.sum(next_grad_bias * next_grad_bias, axis=0), 0.0)
         if PROGRAMS > 1:
-            if p_next_weight is not None:
-                loss = tl.where(program == 0, loss, 0.0)
-            else:
-                loss = tl.where(input_group == 0, loss, 0.0)
+            counted = program == 0 if HAS_NEXT else input_group == 0
             p_half = p_sums + (step % 2) * (2 * PROGRAMS)
             tl.store(p_half + program, squares)
-            tl.store(p_half + PROGRAMS + program, loss)
-            arrive(p_counter)
-            arrivals += PROGRAMS
+            tl.store(p_half + PROGRAMS + program, tl.where(counted, loss, 0.0))
+            arrive(p_counter, program, PROGRAMS)
 
-        row, exists, m_row, count = batch_rows(p_order, stride_order, (step + 1) * batch, rows, batch, x_rows, BLOCK_B)
-        m_x = (m_row & exists)[None, :, None] & m_column[:, None, :]
-        x = tl.load(p_x + row[None, :, None] * stride_xr + column_64[:, None, :] * stride_xc, mask=m_x, other=0.0)
-
+        acted = layer
+        first, count, layer, block = mini_batch(p_schedule, step + 1, steps, rows, batch)
+        if ONE_TILE:
+            row, exists, m_row = rows_of(p_order, stride_order, first, count, 0, x_rows, BLOCK_B)
+            x = load_x(p_x_columns, stride_xr, row, m_row & exists, m_column)
         if PROGRAMS > 1:
-            wait(p_counter, arrivals)
-            every = tl.arange(0, BLOCK_PROGRAMS)
-            m_every = every < PROGRAMS
+            sense = wait(p_counter, sense)
             squares = tl.sum(tl.load(p_half + every, mask=m_every, other=0.0, cache_modifier=".cg"), axis=0)
             loss = tl.sum(tl.load(p_half + PROGRAMS + every, mask=m_every, other=0.0, cache_modifier=".cg"), axis=0)
         norm = tl.sqrt_rn(squares)
@@ -252,60 +303,163 @@ def persistent(
             tl.store(p_losses + step, divide(loss, elements))
         # NaN is neither above 0 nor below infinity.
         moves = (norm > 0) & (norm < float("inf"))
-        w, v = move(w, v, grad, norm, lr, momentum, moves, MOMENTUM, NESTEROV)
+        now = moves & (acted == 0)
+        w, v = move(w, v, grad, norm, lr, momentum, now, MOMENTUM, NESTEROV)
         if p_bias is not None:
-            bias, v_bias = move(bias, v_bias, grad_bias, norm, lr, momentum, moves, MOMENTUM, NESTEROV)
+            bias, v_bias = move(bias, v_bias, grad_bias, norm, lr, momentum, now, MOMENTUM, NESTEROV)
+        if ROUNDS:
+            now = moves & (acted == 1)
+            next_w, next_v = move(next_w, next_v, next_grad, norm, lr, momentum, now, MOMENTUM, NESTEROV)
+            if p_next_bias is not None:
+                next_bias, next_v_bias = move(
+                    next_bias, next_v_bias, next_grad_bias, norm, lr, momentum, now, MOMENTUM, NESTEROV
+                )
 
-    tl.store(p_w, w, mask=m_tile)
+    # Nothing, but not for the compiler: else it would keep the addresses in registers throughout.
+    unit_64 += tl.minimum(steps, 0)
+    column_64 += tl.minimum(steps, 0)
+    p_w = p_weight + unit_64[None, :, None] * stride_wo + column_64[:, None, :] * stride_wi
+    tl.store(p_w, w, mask=m_w)
     if MOMENTUM:
-        tl.store(p_v, v, mask=m_tile)
+        p_v = p_velocity_weight + unit_64[None, :, None] * stride_vo + column_64[:, None, :] * stride_vi
+        tl.store(p_v, v, mask=m_w)
     if p_bias is not None:
         if input_group == 0:
             tl.store(p_bias + unit_64 * stride_bias, bias, mask=m_unit)
             if MOMENTUM:
                 tl.store(p_velocity_bias + unit_64 * stride_vbias, v_bias, mask=m_unit)
+    if ROUNDS:
+        if input_group == 0:
+            tl.store(p_next_w, next_w, mask=m_next_w)
+            if MOMENTUM:
+                tl.store(p_next_v, next_v, mask=m_next_w)
+        if p_next_bias is not None:
+            if program == 0:
+                tl.store(p_next_bias + following.to(tl.int64) * stride_nbias, next_bias, mask=m_next)
+                if MOMENTUM:
+                    p_next_vb = p_next_velocity_bias + following.to(tl.int64) * stride_nvbias
+                    tl.store(p_next_vb, next_v_bias, mask=m_next)
 
 
-def run(
-    chain: list[Layer],
+class Model(NamedTuple):
+    """One model's part of a launch: the tensors that the kernel reads and writes, in its order."""
+
+    weight: Tensor
+    bias: Tensor | None
+    velocity_weight: Tensor | None
+    velocity_bias: Tensor | None
+    x: Tensor
+    target: Tensor
+    order: Tensor | None
+    next_weight: Tensor | None
+    next_bias: Tensor | None
+    next_velocity_weight: Tensor | None
+    next_velocity_bias: Tensor | None
+    lr: Tensor
+
+
+class Blocks(NamedTuple):
+    """Blocks of both layers in turn: `schedule` (steps, 4) as the kernel reads it, and how a block's step length is made."""
+
+    schedule: Tensor
+    relative: bool
+    reset: bool
+
+
+def model(
+    weight: Tensor,
+    bias: Tensor | None,
     x: Tensor,
     target: Tensor,
     order: Tensor | None,
     batch_size: int,
+    suffix_weights: list[Tensor],
+    suffix_biases: list[Tensor | None],
+    activations: list[float],
     loss: int,
-    rule: Update,
+    lr: Tensor,
+    velocity_weight: Tensor | None,
+    velocity_bias: Tensor | None,
+    momentum: float,
+    nesterov: bool,
+) -> Model:
+    """The tensors of a call of `sngd_epoch_`."""
+    following = (suffix_weights[0], suffix_biases[0]) if suffix_weights else (None, None)
+    return Model(weight, bias, velocity_weight, velocity_bias, x, target, order, *following, None, None, lr)
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1) if tensor.dim() > 1 else 0)
+
+
+def run(
+    models: list[Model],
+    layers: list[Layer],
+    batch_size: int,
+    loss: int,
+    momentum: float,
+    nesterov: bool,
     tiles: Persistent,
-) -> tuple[Tensor, Tensor]:
-    """All mini-batches of a pass in one launch, in place; (losses, norms), one of each a step."""
-    active, following = chain[0], chain[1] if len(chain) > 1 else None
-    rows = x.shape[0] if order is None else order.shape[0]
+    blocks: Blocks | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """All mini-batches in one launch, in place, for models alike in everything but their tensors' addresses.
+
+    `layers` are the first model's active layer and, where there is one, the next: their activations and shapes are those of
+    all. Returns (losses, norms) of each model, one of each a step. Without `blocks` the steps are those of a pass.
+    """
+    one, active, following = models[0], layers[0], layers[1] if len(layers) > 1 else None
+    rows = one.x.shape[0] if one.order is None else one.order.shape[0]
     batch = min(batch_size, rows)
+    steps = -(-rows // batch) if blocks is None else blocks.schedule.shape[0]
     programs = tiles.split_out * tiles.split_in
+    padded = -(-batch // tiles.rows) * tiles.rows
+    one_tile = batch <= tiles.rows
 
     def scratch(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
+        return torch.empty(shape, dtype=torch.float32, device=one.x.device)
 
-    losses, norms = scratch(-(-rows // batch)), scratch(-(-rows // batch))
-    z = scratch(programs * tiles.rows * tiles.units) if tiles.split_in > 1 else None
-    next_z = scratch(tiles.split_out * tiles.rows * tiles.next_units) if following and tiles.split_out > 1 else None
-    sums = scratch(4 * programs) if programs > 1 else None
-    counter = torch.zeros(1, dtype=torch.int32, device=x.device) if programs > 1 else None
-    velocity, velocity_bias = rule.velocity_weight, rule.velocity_bias
+    results = [(scratch(steps), scratch(steps)) for _ in models]
+    exchanges_next = following is not None and not (one_tile and tiles.split_out == 1)
+    z = next_z = sums = counter = offsets = None
+    if tiles.split_in > 1 or not one_tile:
+        z = scratch(len(models), tiles.split_out, tiles.split_in + 1, padded, tiles.units)
+    if exchanges_next:
+        next_z = scratch(len(models), tiles.split_out, padded, tiles.next_units)
+    if programs > 1:
+        sums = scratch(len(models), 5, programs)
+        counter = barrier.counters(one.x.device, len(models))
+    if len(models) > 1:
+        every = [[*model, *result] for model, result in zip(models, results, strict=True)]
+        offsets = torch.tensor(
+            [[_elements_apart(first, other) for first, other in zip(every[0], row, strict=True)] for row in every],
+            dtype=torch.int64,
+        ).to(one.x.device, non_blocking=True)
     launcher.launch(
-        persistent, (programs,),
-        active.weight, active.bias, velocity, velocity_bias, x, target, order,
-        following and following.weight, following and following.bias, z, next_z, sums, counter, rule.lr, losses, norms,
-        rows, batch, x.shape[0], active.n_in, active.n_out, following.n_out if following else 0,
-        -(-active.n_in // tiles.split_in), -(-active.n_out // tiles.split_out),
-        *active.weight.stride(), stride_of(active.bias), *((0, 0) if velocity is None else velocity.stride()),
-        stride_of(velocity_bias), *x.stride(), stride_of(order),
-        target.stride(0), 0 if target.dim() == 1 else target.stride(1),
-        *((0, 0) if following is None else following.weight.stride()), stride_of(following and following.bias),
-        active.low, active.high, following.low if following else 0.0, following.high if following else 0.0, rule.momentum,
-        KIND=active.kind, NEXT_KIND=following.kind if following else 0, LOSS=loss, CLASSES=target.dim() == 1,
-        NESTEROV=rule.nesterov, PRECISION="ieee", SPLIT_OUT=tiles.split_out, SPLIT_IN=tiles.split_in,
-        WARPS=tiles.num_warps, BLOCK_B=tiles.rows, BLOCK_OUT=tiles.units, BLOCK_IN=tiles.inputs,
-        BLOCK_NEXT=tiles.next_units, BLOCK_PROGRAMS=triton.next_power_of_2(programs),
+        persistent, (len(models) * programs,),
+        *one, *results[0], offsets, None if blocks is None else blocks.schedule, z, next_z, sums, counter,
+        rows, batch, steps, one.x.shape[0], active.n_in, active.n_out, following.n_out if following else 0,
+        _share(active.n_in, tiles.split_in, tiles.num_warps * tiles.inputs), _share(active.n_out, tiles.split_out, tiles.units),
+        *_strides(one.weight), stride_of(one.bias), *_strides(one.velocity_weight), stride_of(one.velocity_bias),
+        *_strides(one.x), stride_of(one.order), *_strides(one.target), *_strides(one.next_weight), stride_of(one.next_bias),
+        *_strides(one.next_velocity_weight), stride_of(one.next_velocity_bias),
+        active.low, active.high, following.low if following else 0.0, following.high if following else 0.0, momentum,
+        KIND=active.kind, NEXT_KIND=following.kind if following else 0, LOSS=loss, CLASSES=one.target.dim() == 1,
+        NESTEROV=nesterov, RELATIVE=blocks is not None and blocks.relative, RESET=blocks is not None and blocks.reset,
+        PRECISION="ieee", SPLIT_OUT=tiles.split_out, SPLIT_IN=tiles.split_in, WARPS=tiles.num_warps, ONE_TILE=one_tile,
+        BLOCK_B=tiles.rows, BLOCK_OUT=tiles.units, BLOCK_IN=tiles.inputs, BLOCK_NEXT=tiles.next_units,
+        BLOCK_PROGRAMS=triton.next_power_of_2(programs),
         num_warps=tiles.num_warps, num_stages=1, persistent=True,
     )  # fmt: skip
-    return losses, norms
+    return results
+
+
+def _share(size: int, groups: int, block: int) -> int:
+    """How much of `size` each group but the last takes: even parts, in sixteens where that fits, for aligned loads."""
+    even = -(-size // groups)
+    return min(-(-even // 16) * 16, block)
+
+
+def _elements_apart(first: Tensor | None, other: Tensor | None) -> int:
+    if first is None or other is None:
+        return 0
+    return (other.data_ptr() - first.data_ptr()) // first.element_size()

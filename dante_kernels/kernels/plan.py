@@ -90,7 +90,10 @@ SOFTMAX_COLUMNS, SOFTMAX_WARPS = 1024, 4
 class Device(NamedTuple):
     """What the cost model knows of a GPU. From public figures and latencies: nothing of it has been measured."""
 
-    barrier: float = 0.9  # microseconds of a grid barrier
+    barrier: float = 0.7  # microseconds of a grid barrier of few programs
+    barrier_program: float = 0.0035  # and of each program more
+    block: float = 25.0  # microseconds that a block costs beside its steps: prefix product, rows, launches, W in and out
+    tile: float = 0.5  # microseconds of latency that each further tile of rows adds to a step
     l2_per_multiprocessor: float = 0.12  # MB a microsecond that one multiprocessor reads from L2
     fma: float = 0.253  # millions of float32 fused multiply-adds a microsecond on one multiprocessor
 
@@ -115,19 +118,27 @@ class Persistent(NamedTuple):
 # some specialization spills.
 PERSISTENT_REGISTERS = 160
 
+# A modelled time within this factor of the best is as good: the model is no better than that.
+NEAR = 1.1
+
 
 def _persistent(
-    n_out: int, n_in: int, n_next: int, rows: int, units: int, inputs: int, warps: int, device: Device
+    n_out: int, n_in: int, n_next: int, batch: int, units: int, inputs: int, warps: int, device: Device
 ) -> Persistent:
     split_out, split_in = -(-n_out // units), -(-n_in // (warps * inputs))
     next_units = _power_of_two(n_next, 16, 64) if n_next else 16
-    barriers = (split_in > 1) + (n_next > 0 and split_out > 1) + (split_out * split_in > 1)
-    products = 2 * rows * units * warps * inputs + (2 * rows * units * next_units if n_next else 0)
-    exchanged = rows * warps * inputs + (split_in > 1) * split_in * rows * units
-    exchanged += (n_next > 0 and split_out > 1) * split_out * rows * next_units
-    arithmetic = products / 1e6 / device.fma
-    transfers = 4 * exchanged / 1e6 / device.l2_per_multiprocessor
-    time = barriers * device.barrier + arithmetic + transfers
+    rows = 32  # with more some specialization spills; widened bfloat16 in a larger dot would be rounded to tf32 (`_largest`)
+    tiles = -(-batch // rows)
+    padded, programs = tiles * rows, split_out * split_in
+    products = 2 * padded * warps * inputs * units + (2 * padded * units * next_units if n_next else 0)
+    if tiles == 1:
+        barriers = (split_in > 1) + (n_next > 0 and split_out > 1) + (programs > 1)
+        exchanged = (warps * inputs + (split_in > 1) * split_in * units + (split_out > 1) * split_out * n_next) * padded
+    else:
+        barriers = (split_in > 1) + 2 * (programs > 1)
+        exchanged = (2 * warps * inputs + 2 * units + split_out * n_next) * padded
+    time = barriers * (device.barrier + device.barrier_program * programs) + (tiles - 1) * device.tile
+    time += products / 1e6 / device.fma + 4 * exchanged / 1e6 / device.l2_per_multiprocessor
     return Persistent(rows, units, inputs, next_units, split_out, split_in, warps, time)
 
 
@@ -136,30 +147,53 @@ def persistent(
     batch: int,
     cross_entropy: bool,
     momentum: bool,
-    x_dtype: torch.dtype,
     most_programs: int,
     device: Device = H200,
 ) -> Persistent | None:
-    """The fastest tiles, by the model, of the persistent plan, or None where it does not serve.
+    """The tiles of the persistent plan: of those near the fastest, by the model, the ones with the fewest programs.
+
+    So that several models find room side by side, with the tiles, and the bits, of each alone. None where the plan does not
+    serve.
 
     `widths` are n_in, n_out and the widths of the suffix. It serves the last layer and the one before it, where the layer
-    fits the registers of at most `most_programs` programs and a mini-batch their tiles. Its arithmetic is plain float32
-    whatever the precision switch allows: that costs little there, and tf32 needs registers that the tiles have.
+    fits the registers of at most `most_programs` programs. Its arithmetic is plain float32 whatever the precision switch
+    allows: that costs little there, and tf32 needs registers that the tiles have.
     """
     n_in, n_out, *suffix = widths
     n_next = suffix[0] if suffix else 0
-    rows = _power_of_two(batch, 32, 64)
-    # Widened bfloat16 in a larger dot would be rounded to tf32 (see `_largest`); a last layer with 64 rows spills under 3.6.
-    most_rows = 64 if suffix and x_dtype == torch.float32 else 32
-    if len(suffix) > 1 or n_next > 64 or batch > most_rows:
+    if len(suffix) > 1 or n_next > 64:
         return None
     fitting = []
     for warps, units, inputs in itertools.product((4, 8), (16, 32, 64), (16, 32, 64)):
-        tiles = _persistent(n_out, n_in, n_next, rows, units, inputs, warps, device)
-        registers = ((3 + momentum) * units * inputs + 2 * rows * inputs + 2 * rows * units) // 32
-        if registers > PERSISTENT_REGISTERS or tiles.split_out * tiles.split_in > most_programs:
+        tiles = _persistent(n_out, n_in, n_next, batch, units, inputs, warps, device)
+        registers = ((3 + momentum) * units * inputs + 2 * tiles.rows * (inputs + units)) // 32
+        programs = tiles.split_out * tiles.split_in
+        if registers > PERSISTENT_REGISTERS or programs > most_programs:
             continue
         if cross_entropy and not suffix and tiles.split_out > 1:
             continue
-        fitting.append(tiles)
-    return min(fitting, key=lambda tiles: (tiles.microseconds, tiles.split_out * tiles.split_in), default=None)
+        fitting.append((programs, tiles.microseconds, tiles))
+    near = NEAR * min((time for _, time, _ in fitting), default=0.0)
+    return min((one for one in fitting if one[1] <= near), default=(0, 0.0, None))[2]
+
+
+def blocks(
+    widths: list[int],
+    batch: int,
+    cross_entropy: bool,
+    momentum: bool,
+    steps: float,
+    most_programs: int,
+    device: Device = H200,
+) -> Persistent | None:
+    """The tiles with which blocks of `steps` steps, of two layers in turn, run in one launch, or None where that is slower.
+
+    There a step of either layer takes what the hidden one's takes, but a block costs nothing beside its steps.
+    """
+    if len(widths) != 3:
+        return None
+    hidden = persistent(widths, batch, cross_entropy, momentum, most_programs, device)
+    last = persistent(widths[1:], batch, cross_entropy, momentum, most_programs, device)
+    if hidden is None or (last is not None and steps * (hidden.microseconds - last.microseconds) > 2 * device.block):
+        return None
+    return hidden

@@ -148,8 +148,10 @@ def barriers(constexprs: dict) -> int:
     if "SPLIT_OUT" not in constexprs:
         return 0
     units, inputs = constexprs["SPLIT_OUT"] > 1, constexprs["SPLIT_IN"] > 1
+    if not constexprs["ONE_TILE"]:
+        return inputs + 2 * (units or inputs) + (constexprs["RELATIVE"] and (units or inputs))
     has_next = constexprs.get("p_next_weight", 0) is not None
-    return inputs + (units and has_next) + (units or inputs)
+    return inputs + (units and has_next) + (units or inputs) + (constexprs["RELATIVE"] and (units or inputs))
 
 
 def compile_one(capability, label, kernel, signature, constexprs, attributes, options, folder) -> dict:

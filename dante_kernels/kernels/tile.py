@@ -1,0 +1,106 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: SIM102, SIM108 - an `if` on a constexpr is decided at compile time, and stands apart from the others
+"""What a program of the persistent kernel does with one tile of rows, and with its part of a layer."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import CROSS_ENTROPY, divide, element_loss, multiply_add, phi, residual, slope, source_rows, target_tile, tile_sum
+from .layers import softmax_tile
+
+
+@triton.jit
+def mini_batch(p_schedule, step, steps, rows, batch):
+    """A step's mini-batch: its first position, its number of rows, the active layer (0, or 1 for the next one), its block."""
+    at = tl.zeros([], tl.int64) + step
+    if p_schedule is None:
+        first = at * batch
+        count = tl.minimum(rows - first, batch).to(tl.int32)
+        layer = tl.zeros([], tl.int32)
+        block = tl.zeros([], tl.int32)
+    else:
+        p_step = p_schedule + 4 * at
+        inside = at < steps
+        first = tl.load(p_step, mask=inside, other=0)
+        count = tl.load(p_step + 1, mask=inside, other=0).to(tl.int32)
+        layer = tl.load(p_step + 2, mask=inside, other=0).to(tl.int32)
+        block = tl.load(p_step + 3, mask=inside, other=0).to(tl.int32)
+    return first, count, layer, block
+
+
+@triton.jit
+def rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B: tl.constexpr):
+    """Of a mini-batch's tile of rows: source rows, which of them exist, and which belong to the mini-batch."""
+    position = tile * BLOCK_B + tl.arange(0, BLOCK_B)
+    m_row = position < count
+    row, exists = source_rows(p_order, stride_order, position.to(tl.int64) + first, m_row, x_rows)
+    return row, exists, m_row
+
+
+@triton.jit
+def load_x(p_x_columns, stride_xr, row, m_row, m_column):
+    """Rows of x at a program's columns, (WARPS, BLOCK_B, BLOCK_IN)."""
+    mask = m_row[None, :, None] & m_column[:, None, :]
+    return tl.load(p_x_columns + row[None, :, None] * stride_xr, mask=mask, other=0.0)
+
+
+@triton.jit
+def product(x, w, PRECISION: tl.constexpr):
+    """x w^T over a program's columns, (BLOCK_B, BLOCK_OUT): a product for each warp's columns, summed in their order."""
+    zeros = tl.zeros([w.shape[0], x.shape[1], w.shape[1]], tl.float32)
+    return tl.sum(multiply_add(x, tl.permute(w, (0, 2, 1)), zeros, PRECISION), axis=0)
+
+
+@triton.jit
+def sum_of_slices(p_tile, size, SLICES: tl.constexpr):
+    """The sum of a tile's SLICES exchanged parts, in their order; `size` floats lie between one and the next."""
+    total = tl.load(p_tile, cache_modifier=".cg")
+    for i in tl.static_range(1, SLICES):
+        total += tl.load(p_tile + i * size, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def with_bias(z, bias, exists):
+    """z + bias, NaN for rows that do not exist."""
+    return tl.where(exists[:, None], z + bias[None, :], float("nan"))
+
+
+@triton.jit
+def next_product(z, next_w, low, high, KIND: tl.constexpr, PRECISION: tl.constexpr):
+    """phi(z) next_w^T over a program's units, (BLOCK_B, BLOCK_NEXT); units that are not there meet weights of 0."""
+    zeros = tl.zeros([z.shape[0], next_w.shape[0]], tl.float32)
+    return multiply_add(phi(z, low, high, KIND), tl.trans(next_w), zeros, PRECISION)
+
+
+@triton.jit
+def last_layer(
+    z, p_target, row, exists, m_row, column, m_column, stride_tr, stride_tc, n, scale, low, high,
+    KIND: tl.constexpr, LOSS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """D = dJ/dZ of the last layer at these columns, 0 outside the masks, and their part of the loss before the mean."""
+    h = phi(z, low, high, KIND)
+    t = target_tile(p_target, row, m_row & exists, column, m_column, stride_tr, stride_tc, n, CLASSES)
+    if LOSS == CROSS_ENTROPY:
+        d, value = softmax_tile(h, t, m_column, scale)
+    else:
+        d = residual(h, t, scale, LOSS)
+        value = element_loss(h, t, LOSS)
+    mask = m_row[:, None] & m_column[None, :]
+    return tl.where(mask, d * slope(z, low, high, KIND), 0.0), tile_sum(tl.where(mask, value, 0.0))
+
+
+@triton.jit
+def move(parameter, velocity, grad, norm, lr, momentum, moves, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr):
+    """(parameter, velocity) after one step in the reference's order of operations, or as they were unless `moves`."""
+    direction = divide(grad, norm)
+    if MOMENTUM:
+        new_velocity = momentum * velocity + direction
+        velocity = tl.where(moves, new_velocity, velocity)
+        if NESTEROV:
+            direction = direction + momentum * new_velocity
+        else:
+            direction = new_velocity
+    return tl.where(moves, parameter - lr * direction, parameter), velocity

@@ -1,0 +1,146 @@
+"""Blocks of two layers in turn, and models side by side, in one launch of the persistent kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interleave import interleaved
+from support import LOSSES, Problem, assert_error_rule, make_problem
+from test_persistent import poisoned_scratch, tiles  # noqa: F401 - the fixture is for every test here
+
+from dante_kernels import kernels, losses, reference
+from dante_kernels.ops.layer import flatten
+
+# layer, number of steps; the second and third blocks go on where the last block of their layer stopped
+TURNS = [(0, 1), (1, 2), (0, 2), (1, 1)]
+RATES = [0.3, 0.2, 0.1, 0.4]
+
+
+def schedule(rows: int, batch: int) -> torch.Tensor:
+    """(steps, 4): each layer walks through the rows on its own, with a short last mini-batch, again and again."""
+    cursors, table = [0, 0], []
+    for block, (layer, steps) in enumerate(TURNS):
+        for _ in range(steps):
+            count = min(batch, rows - cursors[layer])
+            table.append([cursors[layer] + layer * rows, count, layer, block])
+            cursors[layer] = (cursors[layer] + count) % rows
+    return torch.tensor(table)
+
+
+def expected(p: Problem, order, table, dtype, momentum, nesterov, relative, reset):
+    """What the reference makes of the blocks, one step after the other: both layers, their velocities, losses, norms."""
+    q = p.to(dtype)
+    layers = [(q.weight, q.bias, q.activation), *q.suffix]
+    velocities = [[torch.zeros_like(w), None if b is None else torch.zeros_like(b)] for w, b, _ in layers]
+    results, current = [], -1
+    for first, count, layer, block in table.tolist():
+        rows = order[first : first + count]
+        weight, bias, phi = layers[layer]
+        if block != current:
+            rate = torch.tensor(RATES[block], dtype=dtype)
+            if relative:
+                rate = rate * torch.cat([t.flatten() for t in (weight, bias) if t is not None]).norm()
+            if reset:
+                velocities[layer] = [None if v is None else torch.zeros_like(v) for v in velocities[layer]]
+        current = block
+        x = reference.layer_forward(q.x[rows], *layers[0]) if layer else q.x[rows]
+        velocity = velocities[layer] if momentum else (None, None)
+        results.append(
+            reference.sngd_step_(
+                weight, bias, x, q.target[rows], layers[layer + 1 :], phi, losses.code(q.loss), rate, *velocity, momentum, nesterov
+            )
+        )  # fmt: skip
+    state = [
+        t for (w, b, _), v in zip(layers, velocities, strict=True) for t in (w, b, *(v if momentum else ())) if t is not None
+    ]
+    return [*state, *(torch.stack(part) for part in zip(*results, strict=True))]
+
+
+def run(p: Problem, batch, order, table, seed=0, momentum=0.0, nesterov=False, relative=False, reset=False):
+    """The same by the kernel."""
+    weights, biases, activations = flatten(p.suffix, p.activation)
+    weights, biases = [p.weight, *weights], [p.bias, *biases]
+    velocity_weights = [torch.zeros_like(w) if momentum else None for w in weights]
+    velocity_biases = [None if b is None or not momentum else torch.zeros_like(b) for b in biases]
+    with interleaved(seed):
+        result = kernels.sngd_blocks_(
+            weights, biases, p.x, p.target, order, table, batch, activations, losses.code(p.loss), torch.tensor(RATES),
+            velocity_weights, velocity_biases, momentum, nesterov, relative, reset, tiles(p, batch),
+        )  # fmt: skip
+    state = [t for four in zip(weights, biases, velocity_weights, velocity_biases, strict=True) for t in four if t is not None]
+    return [*state, *result]
+
+
+# one program; units split; inputs split; both; then the first and the last again with mini-batches of several tiles
+SHAPES = [(40, (15, 10), 20), (40, (40, 10), 20), (70, (12, 7), 20), (70, (37, 10), 20), (40, (15, 10), 40), (70, (37, 10), 40)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("how", [{}, {"momentum": 0.9, "relative": True}, {"momentum": 0.5, "nesterov": True, "reset": True}])
+def test_blocks_are_those_of_the_reference(shape, how):
+    n_in, widths, batch = shape
+    p = make_problem(seed=20, rows=50, n_in=n_in, widths=widths, loss=LOSSES[len(how) % 3], bias=len(how) != 3)
+    order = torch.cat([torch.randperm(50, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    table = schedule(50, batch)
+    settings = {"momentum": 0.0, "nesterov": False, "relative": False, "reset": False} | how
+    truths = [expected(p, order, table, dtype, **settings) for dtype in (torch.float32, torch.float64)]
+    got = run(p, batch, order, table, **how)
+    for i, (ours, theirs, exact) in enumerate(zip(got, *truths, strict=True)):
+        assert_error_rule(f"result {i}", ours, theirs, exact)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[5]], ids=str)
+def test_twenty_unfair_schedules_give_the_same_bits(shape):
+    n_in, widths, batch = shape
+    p = make_problem(seed=21, rows=50, n_in=n_in, widths=widths)
+    order, table = torch.arange(100) % 50, schedule(50, batch)
+    results = [
+        torch.cat([t.flatten() for t in run(p.clone(), batch, order, table, seed, 0.9, relative=True)]) for seed in range(20)
+    ]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_a_step_that_must_not_move_moves_nothing():
+    p = make_problem(seed=22, rows=50, n_in=70, widths=(20, 3), class_indices=True)
+    table, order = schedule(50, 20), torch.arange(100) % 50
+    first = run(p.clone(), 20, order, table[:1])
+    p.target[20:] = 3  # no such class: every mini-batch but the first, and those of the other layer
+    order[50:] = 30
+    got = run(p, 20, order, table)
+    assert got[-1][1:].isnan().all()
+    p.target[20:] = 0
+    assert torch.equal(got[-1][0], first[-1][0])
+
+
+def calls_of(problems, batch, momentum):
+    for i, p in enumerate(problems):
+        order = torch.randperm(50, generator=torch.Generator().manual_seed(i))
+        velocity = (torch.full_like(p.weight, 0.1), torch.zeros_like(p.bias)) if momentum else (None, None)
+        suffix, rate = flatten(p.suffix, p.activation), torch.tensor(0.1 * (i + 1))
+        yield (
+            p.weight, p.bias, p.x, p.target, order, batch, *suffix, losses.code(p.loss), rate, *velocity, momentum, False
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(150, (37, 10), 20), (150, (12,), 20), (150, (37, 10), 40), (40, (15, 10), 20)], ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_models_side_by_side_have_the_bits_of_each_alone(shape, momentum, monkeypatch):
+    n_in, widths, batch = shape
+    monkeypatch.setattr(kernels, "_most_programs", lambda tensor: 20)
+    problems = [make_problem(seed=23, rows=50, n_in=n_in, widths=widths)]
+    problems += [make_problem(seed=s, rows=50, n_in=n_in, widths=widths, class_indices=False) for s in (25, 27)]
+    problems[0].target = problems[1].target.clone()
+    alone = [p.clone() for p in problems]
+    apart, together = (list(calls_of(group, batch, momentum)) for group in (alone, problems))
+    with interleaved(0):
+        expected_ = [kernels.sngd_epochs_([call])[0] for call in apart]
+    with interleaved(1) as grids:
+        got = kernels.sngd_epochs_(together)
+    how = kernels.plan.persistent([n_in, *widths], batch, False, momentum > 0, 20)
+    programs = how.split_out * how.split_in
+    assert grids == ([3 * programs] if 3 * programs <= 20 else [2 * programs, programs])
+    for p, q, call, other, ours, theirs in zip(problems, alone, together, apart, got, expected_, strict=True):
+        assert torch.equal(p.weight, q.weight)
+        assert torch.equal(p.bias, q.bias)
+        assert torch.equal(torch.cat(ours), torch.cat(theirs))
+        assert not momentum or torch.equal(call[11], other[11])
