@@ -1,7 +1,7 @@
 """The GPU backend, in Triton: the four operators with the flat arguments of their schemas.
 
-Arguments are already checked (see `dante_kernels.ops`): float32 weights, x float32 or bfloat16, all on one device. Under
-TRITON_INTERPRET=1 the same kernels run on CPU tensors. Importing this compiles nothing and needs no GPU.
+Arguments are already checked (see `dante_kernels.ops`): float32 weights, x float32, bfloat16 or uint8, all on one device.
+Under TRITON_INTERPRET=1 the same kernels run on CPU tensors. Importing this compiles nothing and needs no GPU.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def _most_programs(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
-def layer_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float]) -> Tensor:
+def layer_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float], x_scale: float = 1.0) -> Tensor:
     """h = phi(x W^T + bias), (rows, n_out) contiguous; a row's bits do not depend on the rows beside it."""
     kind, low, high = activation
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=weight.dtype, device=weight.device)
     if x.shape[0]:
         with _on_device_of(weight):
-            forward(x, Layer(weight, bias, int(kind), low, high), out)
+            forward(x, Layer(weight, bias, int(kind), low, high), out, x_scale)
     return out
 
 
@@ -58,12 +58,13 @@ def layer_gradient(
     suffix_biases: list[Tensor | None],
     activations: list[float],
     loss: int,
+    x_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(G, the bias's gradient or an empty tensor, their common Frobenius norm)."""
     layers = chain(weight, bias, suffix_weights, suffix_biases, activations)
     norm = torch.empty((), dtype=weight.dtype, device=weight.device)
     with _on_device_of(weight):
-        problem = Pass(layers, x, target, None, x.shape[0], loss)
+        problem = Pass(layers, x, target, None, x.shape[0], loss, x_scale)
         problem.gradient(0, x.shape[0])
         problem.update(None, x.shape[0], None, norm, 0)
     return problem.grad, weight.new_empty(0) if problem.grad_bias is None else problem.grad_bias, norm
@@ -103,6 +104,7 @@ def sngd_epoch_(
     velocity_bias: Tensor | None = None,
     momentum: float = 0.0,
     nesterov: bool = False,
+    x_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """A step for each mini-batch of `batch_size` rows, in the given order, in place: (losses, norms)."""
     layers = chain(weight, bias, suffix_weights, suffix_biases, activations)
@@ -114,5 +116,5 @@ def sngd_epoch_(
     )  # fmt: skip
     with _on_device_of(weight):
         if tiles is not None and 0 < rows < persistent.MOST_STEPS * batch_size:
-            return persistent.run(layers, x, target, order, batch_size, loss, rule, tiles)
-        return Pass(layers, x, target, order, batch_size, loss).run(rule)
+            return persistent.run(layers, x, target, order, batch_size, loss, rule, tiles, x_scale)
+        return Pass(layers, x, target, order, batch_size, loss, x_scale).run(rule)

@@ -15,6 +15,7 @@ from .device import (
     MSE,
     divide,
     element_loss,
+    load_x,
     multiply_add,
     phi,
     residual,
@@ -89,7 +90,7 @@ def persistent(
     rows, batch, x_rows, n_in, n_out, n_next, share_in, share_out,
     stride_wo, stride_wi, stride_bias, stride_vo, stride_vi, stride_vbias, stride_xr, stride_xc, stride_order,
     stride_tr, stride_tc, stride_no, stride_ni, stride_nbias,
-    low, high, next_low, next_high, momentum,
+    low, high, next_low, next_high, momentum, x_scale,
     KIND: tl.constexpr, NEXT_KIND: tl.constexpr, LOSS: tl.constexpr, CLASSES: tl.constexpr, NESTEROV: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT_OUT: tl.constexpr, SPLIT_IN: tl.constexpr, WARPS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_NEXT: tl.constexpr,
@@ -163,7 +164,7 @@ def persistent(
     arrivals = 0
     row, exists, m_row, count = batch_rows(p_order, stride_order, 0, rows, batch, x_rows, BLOCK_B)
     m_x = (m_row & exists)[None, :, None] & m_column[:, None, :]
-    x = tl.load(p_x + row[None, :, None] * stride_xr + column_64[:, None, :] * stride_xc, mask=m_x, other=0.0)
+    x = load_x(p_x + row[None, :, None] * stride_xr + column_64[:, None, :] * stride_xc, m_x, x_scale)
 
     for step in range(0, tl.cdiv(rows, batch)):
         zeros = tl.zeros([WARPS, BLOCK_B, BLOCK_OUT], tl.float32)
@@ -238,7 +239,7 @@ def persistent(
 
         row, exists, m_row, count = batch_rows(p_order, stride_order, (step + 1) * batch, rows, batch, x_rows, BLOCK_B)
         m_x = (m_row & exists)[None, :, None] & m_column[:, None, :]
-        x = tl.load(p_x + row[None, :, None] * stride_xr + column_64[:, None, :] * stride_xc, mask=m_x, other=0.0)
+        x = load_x(p_x + row[None, :, None] * stride_xr + column_64[:, None, :] * stride_xc, m_x, x_scale)
 
         if PROGRAMS > 1:
             wait(p_counter, arrivals)
@@ -275,6 +276,7 @@ def run(
     loss: int,
     rule: Update,
     tiles: Persistent,
+    x_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """All mini-batches of a pass in one launch, in place; (losses, norms), one of each a step."""
     active, following = chain[0], chain[1] if len(chain) > 1 else None
@@ -302,6 +304,7 @@ def run(
         target.stride(0), 0 if target.dim() == 1 else target.stride(1),
         *((0, 0) if following is None else following.weight.stride()), stride_of(following and following.bias),
         active.low, active.high, following.low if following else 0.0, following.high if following else 0.0, rule.momentum,
+        x_scale,
         KIND=active.kind, NEXT_KIND=following.kind if following else 0, LOSS=loss, CLASSES=target.dim() == 1,
         NESTEROV=rule.nesterov, PRECISION="ieee", SPLIT_OUT=tiles.split_out, SPLIT_IN=tiles.split_in,
         WARPS=tiles.num_warps, BLOCK_B=tiles.rows, BLOCK_OUT=tiles.units, BLOCK_IN=tiles.inputs,

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 from interleave import Deadlock, interleaved
-from support import ACTIVATIONS, LOSSES, Problem, assert_error_rule, make_problem
+from support import ACTIVATIONS, LOSSES, Problem, as_float32, assert_error_rule, make_problem
 
 from dante_kernels import kernels, losses, reference
 from dante_kernels.kernels import persistent, plan
@@ -45,7 +45,7 @@ def run(p: Problem, batch: int, how: plan.Persistent, seed: int = 0, rule=None, 
     layers = chain(p.weight, p.bias, *flatten(p.suffix, p.activation))
     update = Update(torch.tensor(LR), *(rule or (None, None, 0.0, False)))
     with interleaved(seed) as grids:
-        result = module.run(layers, p.x, p.target, order, batch, losses.code(p.loss), update, how)
+        result = module.run(layers, p.x, p.target, order, batch, losses.code(p.loss), update, how, p.x_scale)
     assert grids == [how.split_out * how.split_in] * (how.split_out * how.split_in > 1)
     return result
 
@@ -102,13 +102,14 @@ def test_momentum_bias_and_tails(nesterov, bias, rows):
     assert_pass_is_right(p, 20, tiles(p, 20), momentum=0.9, nesterov=nesterov, order=order)
 
 
-def test_strides_and_bfloat16():
-    p = make_problem(seed=6, rows=40, n_in=70, widths=(20, 3), class_indices=False)
-    p.x = p.x.to(torch.bfloat16).float()
-    expected = truth(p, 20, torch.float32)
-    straight = p.clone()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+def test_strides_and_narrow_data(dtype):
+    p = make_problem(seed=6, rows=40, n_in=70, widths=(20, 3), class_indices=False, uint8=dtype == torch.uint8)
+    p.x = p.x.to(dtype)
+    straight = as_float32(p)
+    expected = truth(straight, 20, torch.float32)
     run(straight, 20, tiles(p, 20))
-    p.weight, p.x, p.target = p.weight.t().contiguous().t(), p.x.to(torch.bfloat16).t().contiguous().t(), p.target[:, [0, 1, 2]]
+    p.weight, p.x, p.target = p.weight.t().contiguous().t(), p.x.t().contiguous().t(), p.target[:, [0, 1, 2]]
     p.suffix = [p.suffix[0]._replace(weight=p.suffix[0].weight.t().contiguous().t())]
     run(p, 20, tiles(p, 20))
     assert torch.equal(p.weight, straight.weight)
