@@ -59,13 +59,18 @@ dante::Layer layer(const Tensor& weight, const OptionalTensor& bias, const doubl
   return {w, vector("bias", bias, w.rows), activation(numbers)};
 }
 
+dante::Element element(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::BFloat16) return dante::Element::bfloat16;
+  if (x.scalar_type() == ScalarType::Byte) return dante::Element::uint8;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x: expected float32, bfloat16 or uint8");
+  return dante::Element::float32;
+}
+
 // x (rows, cols) in the order given, or as its rows lie.
-dante::Input input(const Tensor& x, int64_t cols, const OptionalTensor& order) {
+dante::Input input(const Tensor& x, int64_t cols, const OptionalTensor& order, double scale) {
   check_tensor("x", x, 2);
-  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(bfloat16 || x.scalar_type() == ScalarType::Float, "x: expected float32 or bfloat16");
   STD_TORCH_CHECK(x.size(1) == cols, "x: expected ", cols, " columns, got ", x.size(1));
-  dante::Input in{x.data_ptr(), bfloat16, cols, x.stride(0), x.stride(1)};
+  dante::Input in{x.data_ptr(), element(x), static_cast<float>(scale), cols, x.stride(0), x.stride(1)};
   in.visits = x.size(0);
   if (order) {
     check_tensor("order", *order, 1);
@@ -93,7 +98,7 @@ dante::Target target(const Tensor& t, int64_t rows, int64_t n_last) {
 
 dante::Problem problem(const Tensor& weight, const OptionalTensor& bias, const Tensor& x, const Tensor& targets,
                        const OptionalTensor& order, const Tensors& suffix_weights, const OptionalTensors& suffix_biases,
-                       const std::vector<double>& activations, int64_t loss) {
+                       const std::vector<double>& activations, int64_t loss, double x_scale) {
   const size_t suffix = suffix_weights.size();
   STD_TORCH_CHECK(suffix_biases.size() == suffix, "suffix_biases: expected ", suffix, " entries");
   STD_TORCH_CHECK(activations.size() == 3 * (suffix + 1), "activations: expected ", 3 * (suffix + 1), " numbers");
@@ -106,7 +111,7 @@ dante::Problem problem(const Tensor& weight, const OptionalTensor& bias, const T
     STD_TORCH_CHECK(p.layers[i + 1].weight.cols == p.layers[i].weight.rows, "suffix[", i, "] weight: expected ",
                     p.layers[i].weight.rows, " columns");
   }
-  p.x = input(x, p.layers[0].weight.cols, order);
+  p.x = input(x, p.layers[0].weight.cols, order, x_scale);
   p.target = target(targets, x.size(0), p.layers.back().weight.rows);
   p.loss = static_cast<dante::Loss>(loss);
   return p;
@@ -139,10 +144,11 @@ int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 float* values(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 // h (rows, n_out) = phi(x W^T + bias).
-Tensor layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const std::vector<double>& numbers) {
+Tensor layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const std::vector<double>& numbers,
+                     double x_scale) {
   STD_TORCH_CHECK(numbers.size() == 3, "activation: expected the three numbers [code, a, b]");
   const dante::Layer l = layer(weight, bias, numbers.data());
-  const dante::Input in = input(x, l.weight.cols, std::nullopt);
+  const dante::Input in = input(x, l.weight.cols, std::nullopt, x_scale);
   Tensor h = result(weight, {in.visits, l.weight.rows});
   dante::kernels().forward(l, in, values(h), threads());
   return h;
@@ -152,8 +158,9 @@ Tensor layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor
 std::tuple<Tensor, Tensor, Tensor> layer_gradient(const Tensor& weight, const OptionalTensor& bias, const Tensor& x,
                                                   const Tensor& targets, const Tensors& suffix_weights,
                                                   const OptionalTensors& suffix_biases, const std::vector<double>& activations,
-                                                  int64_t loss) {
-  const dante::Problem p = problem(weight, bias, x, targets, std::nullopt, suffix_weights, suffix_biases, activations, loss);
+                                                  int64_t loss, double x_scale) {
+  const dante::Problem p =
+      problem(weight, bias, x, targets, std::nullopt, suffix_weights, suffix_biases, activations, loss, x_scale);
   const int64_t n_out = p.layers[0].weight.rows, n_in = p.layers[0].weight.cols;
   Tensor grad_weight = result(weight, {n_out, n_in});
   Tensor grad_bias = result(weight, {bias ? n_out : 0});
@@ -168,8 +175,9 @@ std::tuple<Tensor, Tensor> sngd_step_(const Tensor& weight, const OptionalTensor
                                       const Tensors& suffix_weights, const OptionalTensors& suffix_biases,
                                       const std::vector<double>& activations, int64_t loss, const Tensor& lr,
                                       const OptionalTensor& velocity_weight, const OptionalTensor& velocity_bias,
-                                      double momentum, bool nesterov) {
-  const dante::Problem p = problem(weight, bias, x, targets, std::nullopt, suffix_weights, suffix_biases, activations, loss);
+                                      double momentum, bool nesterov, double x_scale) {
+  const dante::Problem p =
+      problem(weight, bias, x, targets, std::nullopt, suffix_weights, suffix_biases, activations, loss, x_scale);
   const dante::Update u = update(p.layers[0], lr, velocity_weight, velocity_bias, momentum, nesterov);
   STD_TORCH_CHECK(p.x.visits > 0, "x: expected at least one row, got none");
   Tensor value = result(weight, {}), norm = result(weight, {});
@@ -182,8 +190,8 @@ std::tuple<Tensor, Tensor> sngd_epoch_(const Tensor& weight, const OptionalTenso
                                        const OptionalTensor& order, int64_t batch_size, const Tensors& suffix_weights,
                                        const OptionalTensors& suffix_biases, const std::vector<double>& activations,
                                        int64_t loss, const Tensor& lr, const OptionalTensor& velocity_weight,
-                                       const OptionalTensor& velocity_bias, double momentum, bool nesterov) {
-  const dante::Problem p = problem(weight, bias, x, targets, order, suffix_weights, suffix_biases, activations, loss);
+                                       const OptionalTensor& velocity_bias, double momentum, bool nesterov, double x_scale) {
+  const dante::Problem p = problem(weight, bias, x, targets, order, suffix_weights, suffix_biases, activations, loss, x_scale);
   const dante::Update u = update(p.layers[0], lr, velocity_weight, velocity_bias, momentum, nesterov);
   STD_TORCH_CHECK(batch_size >= 1, "batch_size: expected at least 1, got ", batch_size);
   // Not (visits + batch_size - 1) / batch_size, which overflows where batch_size says "everything".
@@ -199,13 +207,16 @@ std::tuple<Tensor, Tensor> sngd_epoch_(const Tensor& weight, const OptionalTenso
 #define DANTE_PROBLEM "Tensor[] suffix_weights, Tensor?[] suffix_biases, float[] activations, int loss"
 #define DANTE_UPDATE \
   "Tensor lr, Tensor(c!)? velocity_weight=None, Tensor(d!)? velocity_bias=None, float momentum=0.0, bool nesterov=False"
+#define DANTE_SCALE "float x_scale=1.0"
 #define DANTE_DATA "Tensor(a!) weight, Tensor(b!)? bias, Tensor x, Tensor target"
 
 STABLE_TORCH_LIBRARY(dante_cpp, m) {
-  m.def("layer_forward(Tensor x, Tensor weight, Tensor? bias, float[] activation) -> Tensor");
-  m.def("layer_gradient(Tensor weight, Tensor? bias, Tensor x, Tensor target, " DANTE_PROBLEM ") -> (Tensor, Tensor, Tensor)");
-  m.def("sngd_step_(" DANTE_DATA ", " DANTE_PROBLEM ", " DANTE_UPDATE ") -> (Tensor, Tensor)");
-  m.def("sngd_epoch_(" DANTE_DATA ", Tensor? order, int batch_size, " DANTE_PROBLEM ", " DANTE_UPDATE ") -> (Tensor, Tensor)");
+  m.def("layer_forward(Tensor x, Tensor weight, Tensor? bias, float[] activation, " DANTE_SCALE ") -> Tensor");
+  m.def("layer_gradient(Tensor weight, Tensor? bias, Tensor x, Tensor target, " DANTE_PROBLEM ", " DANTE_SCALE
+        ") -> (Tensor, Tensor, Tensor)");
+  m.def("sngd_step_(" DANTE_DATA ", " DANTE_PROBLEM ", " DANTE_UPDATE ", " DANTE_SCALE ") -> (Tensor, Tensor)");
+  m.def("sngd_epoch_(" DANTE_DATA ", Tensor? order, int batch_size, " DANTE_PROBLEM ", " DANTE_UPDATE ", " DANTE_SCALE
+        ") -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dante_cpp, CPU, m) {

@@ -36,6 +36,7 @@ class Problem:
     suffix: list[Layer]
     activation: Activation
     loss: str
+    x_scale: float = 1.0
 
     @property
     def args(self) -> tuple:
@@ -74,9 +75,11 @@ def make_problem(
     loss: str = "mse",
     bias: bool = True,
     class_indices: bool | None = None,
+    uint8: bool = False,
 ) -> Problem:
     """A random float32 problem: the active layer n_in-widths[0], then a suffix layer for each further width.
 
+    With `uint8` x is of that dtype, and its x_scale is one whose products are rounded.
     Hidden layers have `activation`; so has the last one, but for losses that take logits.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -99,12 +102,22 @@ def make_problem(
             target = target / target.sum(dim=1, keepdim=True)
     (weight, b, phi), *suffix = layers
     x = torch.randn(rows, n_in, generator=generator)
+    if uint8:
+        x = torch.randint(0, 256, (rows, n_in), generator=generator, dtype=torch.uint8)
+        return Problem(weight, b, x, target, suffix, phi, loss, 1 / 255)
     return Problem(weight, b, x, target, suffix, phi, loss)
 
 
 def reference_gradient(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, ...]:
     p = problem.to(dtype)
-    return reference.layer_gradient(p.weight, p.bias, p.x, p.target, p.suffix, p.activation, losses.code(p.loss))
+    return reference.layer_gradient(p.weight, p.bias, p.x, p.target, p.suffix, p.activation, losses.code(p.loss), p.x_scale)
+
+
+def as_float32(problem: Problem) -> Problem:
+    """A copy of a problem with narrow x whose x is what that stands for, in float32."""
+    copy = problem.clone()
+    copy.x, copy.x_scale = problem.x.float() * problem.x_scale, 1.0
+    return copy
 
 
 def assert_error_rule(name: str, got: Tensor, torch32: Tensor, exact: Tensor) -> None:
@@ -128,6 +141,12 @@ def blobs(rows=90, n_in=6, classes=3, seed=0):
     centres = 3 * torch.randn(classes, n_in, generator=generator)
     y = torch.arange(rows) % classes
     return centres[y] + torch.randn(rows, n_in, generator=generator), y
+
+
+def as_bytes(x):
+    """uint8 pictures of values, and the float32 values that they stand for with an x_scale of 1 / 255."""
+    narrow = ((x - x.min()) / (x.max() - x.min()) * 255).to(torch.uint8)
+    return narrow, narrow.float() * (1 / 255)
 
 
 def net(*widths, activation=nn.Tanh, seed=0, output=None):

@@ -134,8 +134,9 @@ inline double loss_factor(Loss loss, int64_t rows, int64_t n) {
   return 1 / (loss == Loss::cross_entropy ? count : count * static_cast<double>(n));
 }
 
-inline float widen(float value) { return value; }
-inline float widen(uint16_t bfloat16) {
+inline float widen(float value, float) { return value; }
+inline float widen(uint8_t value, float scale) { return static_cast<float>(value) * scale; }
+inline float widen(uint16_t bfloat16, float) {
   const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -144,23 +145,27 @@ inline float widen(uint16_t bfloat16) {
 
 template <typename T>
 void gather_rows_as(const Input& x, int64_t first, int64_t rows, const Dense& to, int64_t at) {
+  const float scale = x.scale;  // as a member it might be what is written below
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = static_cast<const T*>(x.data) + x.row(first + r) * x.row_stride;
     float* out = to.row(at + r);
     if (x.col_stride == 1) {
-      for (int64_t j = 0; j < x.cols; ++j) out[j] = widen(from[j]);
+      for (int64_t j = 0; j < x.cols; ++j) out[j] = widen(from[j], scale);
     } else {
-      for (int64_t j = 0; j < x.cols; ++j) out[j] = widen(from[j * x.col_stride]);
+      for (int64_t j = 0; j < x.cols; ++j) out[j] = widen(from[j * x.col_stride], scale);
     }
   }
 }
 
-// Visits first .. first + rows of the input, gathered and widened to float32, to rows at .. at + rows of `to`.
+// Visits first .. first + rows of the input, gathered, widened to float32 and scaled, to rows at .. at + rows of `to`.
 inline void gather_rows(const Input& x, int64_t first, int64_t rows, const Dense& to, int64_t at) {
-  if (x.bfloat16) {
-    gather_rows_as<uint16_t>(x, first, rows, to, at);
-  } else {
-    gather_rows_as<float>(x, first, rows, to, at);
+  switch (x.element) {
+    case Element::float32:
+      return gather_rows_as<float>(x, first, rows, to, at);
+    case Element::bfloat16:
+      return gather_rows_as<uint16_t>(x, first, rows, to, at);
+    case Element::uint8:
+      return gather_rows_as<uint8_t>(x, first, rows, to, at);
   }
 }
 

@@ -34,10 +34,14 @@ struct Layer {
   Activation phi;
 };
 
-// The active layer's input (rows, cols), float32 or bfloat16; row i of a pass is row order[i], or i without an order.
+enum class Element { float32, bfloat16, uint8 };
+
+// The active layer's input (rows, cols); uint8 stands for its value times `scale`. Row i of a pass is row order[i], or i
+// without an order.
 struct Input {
   const void* data = nullptr;
-  bool bfloat16 = false;
+  Element element = Element::float32;
+  float scale = 1;
   int64_t cols = 0, row_stride = 0, col_stride = 0;
   const int64_t* order = nullptr;
   int64_t order_stride = 0;

@@ -1,13 +1,14 @@
 """The GPU backend, in Triton: the four operators with the flat arguments of their schemas.
 
-Arguments are already checked (see `dante_kernels.ops`): float32 weights, x float32 or bfloat16, all on one device. Under
-TRITON_INTERPRET=1 the same kernels run on CPU tensors. Importing this compiles nothing and needs no GPU.
+Arguments are already checked (see `dante_kernels.ops`): float32 weights, x float32, bfloat16 or uint8, all on one device.
+Under TRITON_INTERPRET=1 the same kernels run on CPU tensors. Importing this compiles nothing and needs no GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .. import losses
 from . import persistent, plan
-from .fused import Layer, Pass, Update, chain, forward
+from .fused import Call, Layer, Pass, chain, forward
 
 __all__ = ["blocks_tiles", "layer_forward", "layer_gradient", "sngd_blocks_", "sngd_epoch_", "sngd_epochs_", "sngd_step_"]
 
@@ -39,13 +40,13 @@ def _most_programs(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
-def layer_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float]) -> Tensor:
+def layer_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float], x_scale: float = 1.0) -> Tensor:
     """h = phi(x W^T + bias), (rows, n_out) contiguous; a row's bits do not depend on the rows beside it."""
     kind, low, high = activation
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=weight.dtype, device=weight.device)
     if x.shape[0]:
         with _on_device_of(weight):
-            forward(x, Layer(weight, bias, int(kind), low, high), out)
+            forward(x, Layer(weight, bias, int(kind), low, high), out, x_scale)
     return out
 
 
@@ -58,12 +59,13 @@ def layer_gradient(
     suffix_biases: list[Tensor | None],
     activations: list[float],
     loss: int,
+    x_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(G, the bias's gradient or an empty tensor, their common Frobenius norm)."""
     layers = chain(weight, bias, suffix_weights, suffix_biases, activations)
     norm = torch.empty((), dtype=weight.dtype, device=weight.device)
     with _on_device_of(weight):
-        problem = Pass(layers, x, target, None, x.shape[0], loss)
+        problem = Pass(layers, x, target, None, x.shape[0], loss, x_scale)
         problem.gradient(0, x.shape[0])
         problem.update(None, x.shape[0], None, norm, 0)
     return problem.grad, weight.new_empty(0) if problem.grad_bias is None else problem.grad_bias, norm
@@ -87,55 +89,42 @@ def sngd_step_(
     return losses[0], norms[0]
 
 
-def sngd_epoch_(
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    target: Tensor,
-    order: Tensor | None,
-    batch_size: int,
-    suffix_weights: list[Tensor],
-    suffix_biases: list[Tensor | None],
-    activations: list[float],
-    loss: int,
-    lr: Tensor,
-    velocity_weight: Tensor | None = None,
-    velocity_bias: Tensor | None = None,
-    momentum: float = 0.0,
-    nesterov: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """A step for each mini-batch of `batch_size` rows, in the given order, in place: (losses, norms)."""
-    call = (weight, bias, x, target, order, batch_size, suffix_weights, suffix_biases, activations, loss)
-    return sngd_epochs_([(*call, lr, velocity_weight, velocity_bias, momentum, nesterov)])[0]
+def sngd_epoch_(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """A step for each mini-batch of `batch_size` rows, in the given order, in place: (losses, norms). See `Call`."""
+    return sngd_epochs_([arguments])[0]
 
 
-def sngd_epochs_(calls: list[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
+def sngd_epochs_(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
     """`sngd_epoch_` for models side by side: calls alike in everything but their tensors' addresses and values.
 
     In one launch where the persistent plan serves, or as few as there is room for on the device; else one after the other.
     Each has the bits that it would have alone.
     """
-    (weight, bias, x, target, order, batch_size, *problem), (lr, *velocities, momentum, nesterov) = calls[0][:10], calls[0][10:]
-    layers = chain(weight, bias, *problem[:3])
-    loss = problem[3]
-    rows = x.shape[0] if order is None else order.shape[0]
-    most = _most_programs(weight)
+    group = [Call(*call) for call in calls]
+    one = group[0]
+    most = _most_programs(one.weight)
     tiles = plan.persistent(
-        [layers[0].n_in, *(layer.n_out for layer in layers)], min(batch_size, rows), loss == losses.CROSS_ENTROPY,
-        velocities[0] is not None, most,
-    )  # fmt: skip
-    results: list[tuple[Tensor, Tensor]] = []
-    with _on_device_of(weight):
-        if tiles is None or not rows:
-            for call in calls:
-                rule = Update(*call[10:])
-                results.append(Pass(chain(call[0], call[1], *call[6:9]), *call[2:6], loss).run(rule))
-            return results
-        at_once = max(1, most // (tiles.split_out * tiles.split_in))
-        for first in range(0, len(calls), at_once):
-            models = [persistent.model(*call) for call in calls[first : first + at_once]]
-            results += persistent.run(models, layers, batch_size, loss, momentum, nesterov, tiles)
+        _widths(one.layers),
+        min(one.batch_size, one.rows),
+        one.loss == losses.CROSS_ENTROPY,
+        one.velocity_weight is not None,
+        most,
+    )
+    with _on_device_of(one.weight):
+        if tiles is None:
+            return [Pass(c.layers, c.x, c.target, c.order, c.batch_size, c.loss, c.x_scale).run(c.rule) for c in group]
+        at_once = most // (tiles.split_out * tiles.split_in)
+        results: list[tuple[Tensor, Tensor]] = []
+        for first in range(0, len(group), at_once):
+            models = [persistent.model(call) for call in group[first : first + at_once]]
+            results += persistent.run(
+                models, one.layers, one.batch_size, one.loss, one.momentum, one.nesterov, one.x_scale, tiles
+            )
     return results
+
+
+def _widths(layers: list[Layer]) -> list[int]:
+    return [layers[0].n_in, *(layer.n_out for layer in layers)]
 
 
 def blocks_tiles(widths: list[int], batch_size: int, loss: int, momentum: bool, steps: float, weight: Tensor) -> Any:
@@ -158,6 +147,7 @@ def sngd_blocks_(
     velocity_biases: list[Tensor | None],
     momentum: float,
     nesterov: bool,
+    x_scale: float,
     relative: bool,
     reset: bool,
     tiles: Any,
@@ -168,9 +158,10 @@ def sngd_blocks_(
     layer and its block; `lr` (blocks,) the blocks' rates; the rest as for `sngd_epoch_`, of both layers.
     """
     layers = chain(weights[0], biases[0], weights[1:], biases[1:], activations)
-    tensors = [weights[0], biases[0], velocity_weights[0], velocity_biases[0], x, target, order]
-    tensors += [weights[1], biases[1], velocity_weights[1], velocity_biases[1], lr]
+    model = persistent.Model(
+        weights[0], biases[0], velocity_weights[0], velocity_biases[0], x, target, order,
+        weights[1], biases[1], velocity_weights[1], velocity_biases[1], lr,
+    )  # fmt: skip
+    blocks = persistent.Blocks(schedule, relative, reset)
     with _on_device_of(weights[0]):
-        model = persistent.Model(*tensors)
-        blocks = persistent.Blocks(schedule, relative, reset)
-        return persistent.run([model], layers, batch_size, loss, momentum, nesterov, tiles, blocks)[0]
+        return persistent.run([model], layers, batch_size, loss, momentum, nesterov, x_scale, tiles, blocks)[0]

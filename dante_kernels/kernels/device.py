@@ -145,6 +145,15 @@ def source_rows(p_order, stride_order, position, m_position, rows):
 
 
 @triton.jit
+def load_x(p_x, mask, x_scale):
+    """A tile of x, 0 outside the mask: uint8 as float32 times x_scale, rounded once; any other dtype as it is."""
+    x = tl.load(p_x, mask=mask, other=0)
+    if x.dtype == tl.uint8:
+        x = x.to(tl.float32) * x_scale
+    return x
+
+
+@triton.jit
 def multiply_add(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b with float32 accumulation. PRECISION is ieee, tf32x3, tf32 or bf16 (operands rounded to bfloat16).
 

@@ -45,6 +45,42 @@ class Update(NamedTuple):
     nesterov: bool
 
 
+class Call(NamedTuple):
+    """The arguments of `sngd_epoch_`, as its schema orders them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    x: Tensor
+    target: Tensor
+    order: Tensor | None
+    batch_size: int
+    suffix_weights: list[Tensor]
+    suffix_biases: list[Tensor | None]
+    activations: list[float]
+    loss: int
+    lr: Tensor
+    velocity_weight: Tensor | None = None
+    velocity_bias: Tensor | None = None
+    momentum: float = 0.0
+    nesterov: bool = False
+    x_scale: float = 1.0
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The active layer and its suffix."""
+        return chain(self.weight, self.bias, self.suffix_weights, self.suffix_biases, self.activations)
+
+    @property
+    def rows(self) -> int:
+        """How many rows the pass visits."""
+        return (self.x if self.order is None else self.order).shape[0]
+
+    @property
+    def rule(self) -> Update:
+        """How the layer is updated."""
+        return Update(self.lr, self.velocity_weight, self.velocity_bias, self.momentum, self.nesterov)
+
+
 def chain(
     weight: Tensor,
     bias: Tensor | None,
@@ -67,7 +103,7 @@ def stride_of(vector: Tensor | None) -> int:
     return 0 if vector is None else vector.stride(0)
 
 
-def forward(x: Tensor, layer: Layer, out: Tensor) -> None:
+def forward(x: Tensor, layer: Layer, out: Tensor, x_scale: float = 1.0) -> None:
     """out <- phi(x W^T + bias), out (rows, n_out) contiguous."""
     rows = x.shape[0]
     tiles = plan.forward_product(layer.n_out, layer.n_in, x.dtype)
@@ -76,7 +112,7 @@ def forward(x: Tensor, layer: Layer, out: Tensor) -> None:
         x, layer.weight, layer.bias, out, None, None, None, None,
         0, rows, rows, layer.n_out, layer.n_in,
         *x.stride(), layer.weight.stride(1), layer.weight.stride(0), stride_of(layer.bias), 0, 0, 0,
-        layer.low, layer.high, 1.0,
+        layer.low, layer.high, 1.0, x_scale,
         EPILOGUE=layers.FORWARD, KIND=layer.kind, LOSS=0, CLASSES=False, FROM_X=True, PRECISION=tiles.precision,
         BLOCK_B=tiles.rows, BLOCK_OUT=tiles.columns, BLOCK_IN=tiles.inner,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
@@ -90,8 +126,17 @@ class Pass:
     of the squares. On the way back each layer's D takes the place of its g, the last layer's that of its h.
     """
 
-    def __init__(self, chain: list[Layer], x: Tensor, target: Tensor, order: Tensor | None, batch_size: int, loss: int) -> None:
-        self.chain, self.x, self.target, self.order, self.loss = chain, x, target, order, loss
+    def __init__(
+        self,
+        chain: list[Layer],
+        x: Tensor,
+        target: Tensor,
+        order: Tensor | None,
+        batch_size: int,
+        loss: int,
+        x_scale: float = 1.0,
+    ) -> None:
+        self.chain, self.x, self.target, self.order, self.loss, self.x_scale = chain, x, target, order, loss, x_scale
         active, last = chain[0], chain[-1]
         self.rows = x.shape[0] if order is None else order.shape[0]
         self.batch_size = min(batch_size, self.rows)
@@ -128,7 +173,7 @@ class Pass:
             target if last else None, order if last or i == 0 else None, self.loss_partials if last else None,
             start, rows, self.x.shape[0], layer.n_out, layer.n_in,
             *a.stride(), layer.weight.stride(1), layer.weight.stride(0), stride_of(layer.bias), stride_of(order),
-            *self._target_strides(), layer.low, layer.high, self._scale(rows),
+            *self._target_strides(), layer.low, layer.high, self._scale(rows), self.x_scale,
             EPILOGUE=epilogue, KIND=layer.kind, LOSS=self.loss if last else 0, CLASSES=last and target.dim() == 1,
             FROM_X=i == 0, PRECISION=tiles.precision,
             BLOCK_B=tiles.rows, BLOCK_OUT=tiles.columns, BLOCK_IN=tiles.inner,
@@ -153,7 +198,7 @@ class Pass:
             layers.product, (_ceil(rows, tiles.rows), _ceil(layer.n_in, tiles.columns)),
             d, layer.weight, None, out, out, None, None, None,
             0, rows, rows, layer.n_in, layer.n_out,
-            *d.stride(), *layer.weight.stride(), 0, 0, 0, 0, 0.0, 0.0, 1.0,
+            *d.stride(), *layer.weight.stride(), 0, 0, 0, 0, 0.0, 0.0, 1.0, 1.0,
             EPILOGUE=layers.BACKWARD, KIND=0, LOSS=0, CLASSES=False, FROM_X=False, PRECISION=tiles.precision,
             BLOCK_B=tiles.rows, BLOCK_OUT=tiles.columns, BLOCK_IN=tiles.inner,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
@@ -185,7 +230,7 @@ class Pass:
         launcher.launch(
             step.gradient, (self.programs,),
             d, self.x, self.order, self.grad, self.grad_bias, self.partials,
-            start, rows, self.x.shape[0], active.n_out, active.n_in, *self.x.stride(), stride_of(self.order),
+            start, rows, self.x.shape[0], active.n_out, active.n_in, *self.x.stride(), stride_of(self.order), self.x_scale,
             PRECISION=tiles.precision, BLOCK_OUT=tiles.rows, BLOCK_IN=tiles.columns, BLOCK_B=tiles.inner,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import triton.language as tl
 from .device import (
     CROSS_ENTROPY,
     element_loss,
+    load_x,
     log_of_sum,
     multiply_add,
     phi,
@@ -47,7 +48,7 @@ def product(
     p_a, p_b, p_bias, p_out, p_slope, p_target, p_order, p_loss,
     start, rows, x_rows, n, k,
     stride_ar, stride_ak, stride_bk, stride_bc, stride_bias, stride_order, stride_tr, stride_tc,
-    low, high, scale,
+    low, high, scale, x_scale,
     EPILOGUE: tl.constexpr, KIND: tl.constexpr, LOSS: tl.constexpr, CLASSES: tl.constexpr, FROM_X: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +60,8 @@ def product(
     operands and results once. A row's result does not depend on `rows`.
 
     FROM_X: A is x, whose rows are looked up in `order` at start.. (or are start.. themselves), never copied first; a row
-    number that does not exist gives a row of NaN. Otherwise A is scratch, row i for position i of the mini-batch.
+    number that does not exist gives a row of NaN; uint8 stands for x * x_scale. Otherwise A is scratch, row i for position
+    i of the mini-batch.
 
     EPILOGUE forward: z = A B + bias; out = phi(z), and g(z) to `slope` unless that is None.
     EPILOGUE last: z and h = phi(z) likewise; out = D = dJ/dh g(z) for the target's rows, and the tile's part of the
@@ -90,7 +92,7 @@ def product(
     acc = tl.zeros([BLOCK_B, BLOCK_OUT], tl.float32)
     for first in range(0, k, BLOCK_IN):
         m_inner = first + inner < k
-        a = tl.load(p_a_tile, mask=m_a[:, None] & m_inner[None, :], other=0.0)
+        a = load_x(p_a_tile, m_a[:, None] & m_inner[None, :], x_scale)
         b = tl.load(p_b_tile, mask=m_inner[:, None] & m_column[None, :], other=0.0)
         acc = multiply_add(a, b, acc, PRECISION)
         p_a_tile += a_step

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-# ruff: noqa: SIM102, SIM108 - an `if` on a constexpr is decided at compile time, and stands apart from the others
+# ruff: noqa: SIM102 - an `if` on a constexpr is decided at compile time, and stands apart from the others
 """Many steps of SNGD in one launch: the layer stays in registers, programs meet at grid barriers."""
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from . import barrier, launcher
 from .barrier import arrive, meet, wait
 from .device import CROSS_ENTROPY, MSE, divide, multiply_add, phi, slope, tile_sum
-from .fused import Layer, stride_of
+from .fused import Call, Layer, stride_of
 from .plan import Persistent
-from .tile import last_layer, load_x, mini_batch, move, next_product, product, rows_of, sum_of_slices, with_bias
+from .tile import last_layer, load_rows, mini_batch, move, next_product, product, rows_of, sum_of_slices, with_bias
 
 SPACING = tl.constexpr(barrier.SPACING)
 POINTERS = tl.constexpr(14)  # of a model, in the order of the kernel's arguments
@@ -33,7 +33,7 @@ def persistent(
     rows, batch, steps, x_rows, n_in, n_out, n_next, share_in, share_out,
     stride_wo, stride_wi, stride_bias, stride_vo, stride_vi, stride_vbias, stride_xr, stride_xc, stride_order,
     stride_tr, stride_tc, stride_no, stride_ni, stride_nbias, stride_nvo, stride_nvi, stride_nvbias,
-    low, high, next_low, next_high, momentum,
+    low, high, next_low, next_high, momentum, x_scale,
     KIND: tl.constexpr, NEXT_KIND: tl.constexpr, LOSS: tl.constexpr, CLASSES: tl.constexpr, NESTEROV: tl.constexpr,
     RELATIVE: tl.constexpr, RESET: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT_OUT: tl.constexpr, SPLIT_IN: tl.constexpr, WARPS: tl.constexpr, ONE_TILE: tl.constexpr,
@@ -170,7 +170,7 @@ def persistent(
     first, count, layer, block = mini_batch(p_schedule, 0, steps, rows, batch)
     if ONE_TILE:
         row, exists, m_row = rows_of(p_order, stride_order, first, count, 0, x_rows, BLOCK_B)
-        x = load_x(p_x_columns, stride_xr, row, m_row & exists, m_column)
+        x = load_rows(p_x_columns, stride_xr, row, m_row & exists, m_column, x_scale)
 
     for step in range(0, steps):
         if ROUNDS:
@@ -213,7 +213,7 @@ def persistent(
         else:
             for tile in range(0, tiles):
                 row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
-                x = load_x(p_x_columns, stride_xr, row, m_row & exists, m_column)
+                x = load_rows(p_x_columns, stride_xr, row, m_row & exists, m_column, x_scale)
                 tl.store(p_z + input_group * z_size + tile * (BLOCK_B * BLOCK_OUT) + z_tile, product(x, w, PRECISION))
             if SPLIT_IN > 1:
                 sense = meet(p_counter, program, sense, PROGRAMS)
@@ -249,7 +249,7 @@ def persistent(
                 if HAS_NEXT:
                     p_next_tile = p_next_z + tile * (BLOCK_B * BLOCK_NEXT) + next_tile
                     last_z = with_bias(sum_of_slices(p_next_tile, next_size, SPLIT_OUT), next_bias, exists)
-                x = load_x(p_x_columns, stride_xr, row, m_row & exists & (layer == 0), m_column)
+                x = load_rows(p_x_columns, stride_xr, row, m_row & exists & (layer == 0), m_column, x_scale)
             if HAS_NEXT:
                 d, value = last_layer(
                     last_z, p_target, row, exists, m_row, following, m_next, stride_tr, stride_tc, n_next, scale,
@@ -292,7 +292,7 @@ def persistent(
         first, count, layer, block = mini_batch(p_schedule, step + 1, steps, rows, batch)
         if ONE_TILE:
             row, exists, m_row = rows_of(p_order, stride_order, first, count, 0, x_rows, BLOCK_B)
-            x = load_x(p_x_columns, stride_xr, row, m_row & exists, m_column)
+            x = load_rows(p_x_columns, stride_xr, row, m_row & exists, m_column, x_scale)
         if PROGRAMS > 1:
             sense = wait(p_counter, sense)
             squares = tl.sum(tl.load(p_half + every, mask=m_every, other=0.0, cache_modifier=".cg"), axis=0)
@@ -366,26 +366,14 @@ class Blocks(NamedTuple):
     reset: bool
 
 
-def model(
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    target: Tensor,
-    order: Tensor | None,
-    batch_size: int,
-    suffix_weights: list[Tensor],
-    suffix_biases: list[Tensor | None],
-    activations: list[float],
-    loss: int,
-    lr: Tensor,
-    velocity_weight: Tensor | None,
-    velocity_bias: Tensor | None,
-    momentum: float,
-    nesterov: bool,
-) -> Model:
-    """The tensors of a call of `sngd_epoch_`."""
-    following = (suffix_weights[0], suffix_biases[0]) if suffix_weights else (None, None)
-    return Model(weight, bias, velocity_weight, velocity_bias, x, target, order, *following, None, None, lr)
+def model(call: Call) -> Model:
+    """The tensors of a call."""
+    next_weight = call.suffix_weights[0] if call.suffix_weights else None
+    next_bias = call.suffix_biases[0] if call.suffix_biases else None
+    return Model(
+        call.weight, call.bias, call.velocity_weight, call.velocity_bias, call.x, call.target, call.order,
+        next_weight, next_bias, None, None, call.lr,
+    )  # fmt: skip
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
@@ -399,6 +387,7 @@ def run(
     loss: int,
     momentum: float,
     nesterov: bool,
+    x_scale: float,
     tiles: Persistent,
     blocks: Blocks | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
@@ -443,6 +432,7 @@ def run(
         *_strides(one.x), stride_of(one.order), *_strides(one.target), *_strides(one.next_weight), stride_of(one.next_bias),
         *_strides(one.next_velocity_weight), stride_of(one.next_velocity_bias),
         active.low, active.high, following.low if following else 0.0, following.high if following else 0.0, momentum,
+        x_scale,
         KIND=active.kind, NEXT_KIND=following.kind if following else 0, LOSS=loss, CLASSES=one.target.dim() == 1,
         NESTEROV=nesterov, RELATIVE=blocks is not None and blocks.relative, RESET=blocks is not None and blocks.reset,
         PRECISION="ieee", SPLIT_OUT=tiles.split_out, SPLIT_IN=tiles.split_in, WARPS=tiles.num_warps, ONE_TILE=one_tile,

@@ -45,9 +45,9 @@ def _precision(large: bool) -> str:
 def _largest(wanted: int, precision: str, x_dtype: torch.dtype) -> int:
     """The larger side of a tile that reads x.
 
-    Where an operand was widened from bfloat16, Triton 3.7 for sm_100 computes an ieee dot of 64 rows or more as tf32,
-    which would round the other, float32 operand; and on sm_90 such a dot spills. Tiles of 32 do neither. The inner
-    block stays what it is for float32 x, so that equal values give equal bits.
+    Where an operand was widened from bfloat16 or uint8, Triton 3.7 for sm_100 computes an ieee dot of 64 rows or more as
+    tf32, which would round the other, float32 operand; and on sm_80 or sm_90 such a dot spills. Tiles of 32 do neither.
+    The inner block stays what it is for float32 x, so that equal values give equal bits.
     """
     return min(wanted, 32) if precision == "ieee" and x_dtype != torch.float32 else wanted
 

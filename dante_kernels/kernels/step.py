@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import divide, multiply_add, source_rows, sum_of, tile_sum
+from .device import divide, load_x, multiply_add, source_rows, sum_of, tile_sum
 
 BIAS_ROWS = tl.constexpr(64)
 PARTIALS = tl.constexpr(1024)
@@ -16,7 +16,7 @@ PARTIALS = tl.constexpr(1024)
 @triton.jit(do_not_specialize=["start", "rows", "x_rows", "stride_order"])
 def gradient(
     p_d, p_x, p_order, p_grad, p_grad_bias, p_partials,
-    start, rows, x_rows, n_out, n_in, stride_xr, stride_xc, stride_order,
+    start, rows, x_rows, n_out, n_in, stride_xr, stride_xc, stride_order, x_scale,
     PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """G = D^T X and the column sums of D, with the squares of both summed per program into `partials`.
@@ -42,7 +42,7 @@ def gradient(
             m_row = position < rows
             x_row, exists = source_rows(p_order, stride_order, position.to(tl.int64) + start, m_row, x_rows)
             # A row that does not exist has a D of NaN, which spoils G without a row of X.
-            x = tl.load(p_x_columns + x_row[:, None] * stride_xr, mask=(m_row & exists)[:, None] & m_column[None, :], other=0.0)
+            x = load_x(p_x_columns + x_row[:, None] * stride_xr, (m_row & exists)[:, None] & m_column[None, :], x_scale)
             d = tl.load(
                 p_d + position[None, :].to(tl.int64) * n_out + out[:, None], mask=m_out[:, None] & m_row[None, :], other=0.0
             )

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-# ruff: noqa: SIM102, SIM108 - an `if` on a constexpr is decided at compile time, and stands apart from the others
+# ruff: noqa: SIM108 - an `if` on a constexpr is decided at compile time, and stands apart from the others
 """What a program of the persistent kernel does with one tile of rows, and with its part of a layer."""
 
 from __future__ import annotations
@@ -7,7 +7,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import CROSS_ENTROPY, divide, element_loss, multiply_add, phi, residual, slope, source_rows, target_tile, tile_sum
+from .device import (
+    CROSS_ENTROPY,
+    divide,
+    element_loss,
+    load_x,
+    multiply_add,
+    phi,
+    residual,
+    slope,
+    source_rows,
+    target_tile,
+    tile_sum,
+)
 from .layers import softmax_tile
 
 
@@ -40,10 +52,10 @@ def rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B: tl.const
 
 
 @triton.jit
-def load_x(p_x_columns, stride_xr, row, m_row, m_column):
+def load_rows(p_x_columns, stride_xr, row, m_row, m_column, x_scale):
     """Rows of x at a program's columns, (WARPS, BLOCK_B, BLOCK_IN)."""
     mask = m_row[None, :, None] & m_column[:, None, :]
-    return tl.load(p_x_columns + row[None, :, None] * stride_xr, mask=mask, other=0.0)
+    return load_x(p_x_columns + row[None, :, None] * stride_xr, mask, x_scale)
 
 
 @triton.jit

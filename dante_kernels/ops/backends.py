@@ -36,8 +36,8 @@ class _Reference:
         return active, list(zip(weights, biases, rest, strict=True))
 
     @staticmethod
-    def layer_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float]) -> Tensor:
-        return reference.layer_forward(x, weight, bias, Activation.decode(activation))
+    def layer_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float], x_scale: float) -> Tensor:
+        return reference.layer_forward(x, weight, bias, Activation.decode(activation), x_scale)
 
     @classmethod
     def layer_gradient(cls, weight, bias, x, target, suffix_weights, suffix_biases, activations, *rest):  # type: ignore[no-untyped-def]

@@ -99,13 +99,22 @@ def layer(
         _same_place(f"{prefix}bias", bias, like, (like.dtype,))
 
 
-def inputs(x: Tensor, weight: Tensor) -> None:
-    """x (rows, n_in), of the weight's dtype, or bfloat16 beside float32 weights."""
+def inputs(x: Tensor, weight: Tensor, x_scale: float) -> None:
+    """x (rows, n_in), of the weight's dtype, bfloat16 beside float32 weights, or uint8, which alone has an x_scale."""
     tensor("x", x)
     if x.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x: expected shape (rows, {weight.shape[1]}), got {tuple(x.shape)}")
     narrow = (torch.bfloat16,) if weight.dtype == torch.float32 else ()
-    _same_place("x", x, weight, (weight.dtype, *narrow))
+    _same_place("x", x, weight, (weight.dtype, *narrow, torch.uint8))
+    scale(x_scale, "x", x)
+
+
+def scale(x_scale: float, name: str, x: Tensor) -> None:
+    """x_scale: what a uint8 x of this name is multiplied with, finite and above 0; 1 beside any other."""
+    if not (math.isfinite(x_scale) and x_scale > 0):
+        raise ValueError(f"x_scale: expected a finite number above 0, got {x_scale}")
+    if x_scale != 1 and x.dtype != torch.uint8:
+        raise ValueError(f"x_scale: expected 1 unless {name} is uint8, got {x_scale} beside {_name(x.dtype)}")
 
 
 def problem(
@@ -117,10 +126,11 @@ def problem(
     suffix_biases: list[Tensor | None],
     activations: list[float],
     loss: int,
+    x_scale: float,
 ) -> None:
     """A layer's training problem: its parameters, its input, the frozen suffix and the target."""
     layer(weight, bias)
-    inputs(x, weight)
+    inputs(x, weight, x_scale)
     if x.shape[0] == 0:
         raise ValueError("x: expected at least one row, got none")
     if len(suffix_biases) != len(suffix_weights):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,31 +11,44 @@ from ..activations import Activation, resolve
 from . import checks, registration
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float]) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float], x_scale: float) -> None:
     checks.layer(weight, bias)
-    checks.inputs(x, weight)
+    checks.inputs(x, weight, x_scale)
     Activation.decode(list(activation))
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float]) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return weight.new_empty((x.shape[0], weight.shape[0]))
 
 
 _operator = registration.register(
-    "layer_forward", "Tensor x, Tensor weight, Tensor? bias, float[] activation", "Tensor", _check, _fake
+    "layer_forward",
+    f"Tensor x, Tensor weight, Tensor? bias, float[] activation, {registration.SCALE}",
+    "Tensor",
+    _check,
+    _fake,
 )
 
 
 def layer_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | str | nn.Module, *, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation | str | nn.Module,
+    *,
+    x_scale: float = 1.0,
+    backend: str = "auto",
 ) -> Tensor:
     """The activations h = phi(x W^T + bias) of one layer.
 
     Args:
-        x: input, (rows, n_in), of the weight's dtype, or bfloat16 beside float32 weights; any strides; rows may be 0.
+        x: input, (rows, n_in), of the weight's dtype, bfloat16 beside float32 weights, or uint8; any strides; rows
+            may be 0.
         weight: (n_out, n_in), float32 or float64; any strides.
         bias: (n_out,) of the weight's dtype, or None.
         activation: an `Activation`, a name (``"leaky_relu"``, ``"sigmoid"``, ...) or a torch activation module.
+        x_scale: what uint8 x stands for times: the layer's input is x.to(weight.dtype) * x_scale, rounded once. Above 0,
+            and 1 unless x is uint8.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
 
     Returns:
@@ -51,5 +66,6 @@ def layer_forward(
     tensor([[ 1.0000, -0.0200]])
     """
     checks.argument_types({"x": x, "weight": weight}, {"bias": bias}, {}, {})
+    numbers = resolve(activation).encode()
     with torch.no_grad():
-        return _operator(x, weight, bias, resolve(activation).encode(), backend=checks.backend_name(backend))
+        return _operator(x, weight, bias, numbers, checks.number("x_scale", x_scale), backend=checks.backend_name(backend))

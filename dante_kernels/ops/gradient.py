@@ -20,7 +20,7 @@ def _fake(weight: Tensor, bias: Tensor | None, *problem: Any) -> tuple[Tensor, T
 
 _operator = registration.register(
     "layer_gradient",
-    f"Tensor weight, Tensor? bias, Tensor x, Tensor target, {registration.PROBLEM}",
+    f"Tensor weight, Tensor? bias, Tensor x, Tensor target, {registration.PROBLEM}, {registration.SCALE}",
     "(Tensor, Tensor, Tensor)",
     checks.problem,
     _fake,
@@ -36,6 +36,7 @@ def layer_gradient(
     activation: Activation | str | nn.Module,
     loss: str,
     *,
+    x_scale: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The subgradient of the loss with respect to one layer's weight and bias, all later layers frozen.
@@ -43,12 +44,15 @@ def layer_gradient(
     Args:
         weight: the active layer's weight, (n_out, n_in), float32 or float64; any strides.
         bias: (n_out,) of the weight's dtype, or None.
-        x: the active layer's input, (rows, n_in), of the weight's dtype, or bfloat16 beside float32 weights; any strides.
+        x: the active layer's input, (rows, n_in), of the weight's dtype, bfloat16 beside float32 weights, or uint8; any
+            strides.
         target: class indices (rows,) int64, or values (rows, n_last) of the weight's dtype. An index outside
             0..n_last-1 makes the result NaN.
         suffix: the layers after the active one, each (weight, bias, activation); an empty list for the last layer.
         activation: the active layer's activation.
         loss: ``"mse"``, ``"cross_entropy"`` or ``"binary_cross_entropy"``.
+        x_scale: what uint8 x stands for times: the layer's input is x.to(weight.dtype) * x_scale, rounded once. Above 0,
+            and 1 unless x is uint8.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
 
     Returns:
@@ -69,6 +73,7 @@ def layer_gradient(
     checks.argument_types({"weight": weight, "x": x, "target": target}, {"bias": bias}, {}, {})
     with torch.no_grad():
         grad_weight, grad_bias, norm = _operator(
-            weight, bias, x, target, *flatten(suffix, activation), losses.code(loss), backend=checks.backend_name(backend)
-        )
+            weight, bias, x, target, *flatten(suffix, activation), losses.code(loss),
+            checks.number("x_scale", x_scale), backend=checks.backend_name(backend),
+        )  # fmt: skip
     return grad_weight, None if bias is None else grad_bias, norm

@@ -14,9 +14,10 @@ from . import backends, checks
 
 LIBRARY = torch.library.Library("dante", "DEF")
 
-# What the operators share, in the order in which every backend takes it.
+# What the operators share, in the order in which every backend takes it; SCALE is the last argument of each.
 PROBLEM = "Tensor[] suffix_weights, Tensor?[] suffix_biases, float[] activations, int loss"
 UPDATE = "Tensor lr, Tensor(c!)? velocity_weight=None, Tensor(d!)? velocity_bias=None, float momentum=0.0, bool nesterov=False"
+SCALE = "float x_scale=1.0"
 
 
 def register(

@@ -15,8 +15,8 @@ from .layer import Layer, flatten
 
 
 def _check_step(*args: Any) -> None:
-    problem, update = args[:8], args[8:]
-    checks.problem(*problem)
+    problem, update, scale = args[:8], args[8:-1], args[-1:]
+    checks.problem(*problem, *scale)
     checks.update(*problem[:2], *update)
 
 
@@ -40,11 +40,15 @@ def _fake_epoch(
 
 _DATA = "Tensor(a!) weight, Tensor(b!)? bias, Tensor x, Tensor target"
 _step = registration.register(
-    "sngd_step_", f"{_DATA}, {registration.PROBLEM}, {registration.UPDATE}", "(Tensor, Tensor)", _check_step, _fake_step
+    "sngd_step_",
+    f"{_DATA}, {registration.PROBLEM}, {registration.UPDATE}, {registration.SCALE}",
+    "(Tensor, Tensor)",
+    _check_step,
+    _fake_step,
 )
 _epoch = registration.register(
     "sngd_epoch_",
-    f"{_DATA}, Tensor? order, int batch_size, {registration.PROBLEM}, {registration.UPDATE}",
+    f"{_DATA}, Tensor? order, int batch_size, {registration.PROBLEM}, {registration.UPDATE}, {registration.SCALE}",
     "(Tensor, Tensor)",
     _check_epoch,
     _fake_epoch,
@@ -80,6 +84,7 @@ def sngd_step_(
     velocity_bias: Tensor | None = None,
     momentum: float = 0.0,
     nesterov: bool = False,
+    x_scale: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One mini-batch of Stochastic Normalized Gradient Descent on one layer, in place, all later layers frozen.
@@ -91,7 +96,8 @@ def sngd_step_(
     Args:
         weight: the active layer's weight, (n_out, n_in), float32 or float64; any strides without overlap. **Mutated.**
         bias: (n_out,) of the weight's dtype, or None. **Mutated.**
-        x: the active layer's input, (rows, n_in), of the weight's dtype, or bfloat16 beside float32 weights; any strides.
+        x: the active layer's input, (rows, n_in), of the weight's dtype, bfloat16 beside float32 weights, or uint8; any
+            strides.
         target: class indices (rows,) int64, or values (rows, n_last) of the weight's dtype. An index outside
             0..n_last-1 makes loss and norm NaN.
         suffix: the layers after the active one, each (weight, bias, activation); empty for the last layer.
@@ -102,6 +108,8 @@ def sngd_step_(
             **Mutated.**
         momentum: mu, from 0 to below 1.
         nesterov: Nesterov's form, as in torch.optim.SGD.
+        x_scale: what uint8 x stands for times: the layer's input is x.to(weight.dtype) * x_scale, rounded once. Above 0,
+            and 1 unless x is uint8.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
 
     Returns:
@@ -122,7 +130,8 @@ def sngd_step_(
     with torch.no_grad():
         return _step(
             weight, bias, x, target, *flatten(suffix, activation), losses.code(loss),
-            *_update(lr, weight, velocity_weight, velocity_bias, momentum, nesterov), backend=checks.backend_name(backend),
+            *_update(lr, weight, velocity_weight, velocity_bias, momentum, nesterov), checks.number("x_scale", x_scale),
+            backend=checks.backend_name(backend),
         )  # fmt: skip
 
 
@@ -142,6 +151,7 @@ def sngd_epoch_(
     velocity_bias: Tensor | None = None,
     momentum: float = 0.0,
     nesterov: bool = False,
+    x_scale: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """A whole pass of `sngd_step_` over mini-batches of x, in one call, without waiting for the device.
@@ -168,5 +178,6 @@ def sngd_epoch_(
     with torch.no_grad():
         return _epoch(
             weight, bias, x, target, order, batch_size, *flatten(suffix, activation), losses.code(loss),
-            *_update(lr, weight, velocity_weight, velocity_bias, momentum, nesterov), backend=checks.backend_name(backend),
+            *_update(lr, weight, velocity_weight, velocity_bias, momentum, nesterov), checks.number("x_scale", x_scale),
+            backend=checks.backend_name(backend),
         )  # fmt: skip

@@ -5,13 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import losses
+from .. import losses, reference
 from ..network import Network
 from .problem import RowStream
 
 
 def epoch(
-    network: Network, x: Tensor, target: Tensor, stream: RowStream, *, loss: str, lr: float, steps: int | None = None
+    network: Network,
+    x: Tensor,
+    target: Tensor,
+    stream: RowStream,
+    *,
+    loss: str,
+    lr: float,
+    x_scale: float,
+    steps: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One pass of plain mini-batch SGD over all trainable layers at once, in place.
 
@@ -22,6 +30,7 @@ def epoch(
         stream: gives the rows of each mini-batch.
         loss: the loss's name.
         lr: learning rate.
+        x_scale: what uint8 x is multiplied with.
         steps: mini-batches; None for a whole pass.
 
     Returns:
@@ -31,7 +40,7 @@ def epoch(
     values, norms = [x.new_empty(0, dtype=parameters[0].dtype)], [x.new_empty(0, dtype=parameters[0].dtype)]
     for _ in range(-(-stream.rows // stream.batch_size) if steps is None else steps):
         (rows,) = stream.take(1)
-        h = x[rows].to(parameters[0].dtype)
+        h = reference.widened(x[rows], parameters[0].dtype, x_scale)
         with torch.enable_grad():
             for module in network.modules:
                 h = module(h)

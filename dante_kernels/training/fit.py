@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import numbers
 import os
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import losses, network
+from .. import losses, network, reference
 from ..network import Network
-from ..ops.checks import backend_name, number
+from ..ops.checks import backend_name, number, scale
 from . import checkpoint as checkpoints
 from .history import History
+from .problem import FORWARD_ROWS
 from .schedules import RoundRobin, Schedule
 from .trainer import Callback, LearningRate, Settings, Trainer
 
@@ -41,6 +43,7 @@ def fit(
     reset_momentum: bool = False,
     direction: str = "sngd",
     shuffle: bool = True,
+    x_scale: float | None = None,
     validation: tuple[Any, Any] | None = None,
     seed: int | None = 0,
     device: torch.device | str | None = None,
@@ -58,10 +61,12 @@ def fit(
         model: an nn.Sequential of nn.Linear, each followed by at most one of GeneralizedReLU, ReLU, LeakyReLU, Sigmoid,
             Tanh, Identity; see `dante_kernels.network.from_module`. Its weights are the start. float32, or float64 (on
             the reference backend). Layers whose parameters do not require gradients stay as they are. **Mutated.**
-        x: inputs, a tensor or array (rows, n_in) of the model's dtype, or bfloat16 beside a float32 model; (rows, ...)
-            where the model starts with nn.Flatten. On the model's device, or anywhere where `device` is given.
+        x: inputs, a tensor or array (rows, n_in) of the model's dtype, bfloat16 beside a float32 model, or uint8, which
+            stays uint8 and stands for x * x_scale; (rows, ...) where the model starts with nn.Flatten. On the model's
+            device, or anywhere where `device` is given.
         y: class indices (rows,) of an integer dtype, or values (rows, n_out) of the model's dtype, (rows,) too for one
-            output. With one output, integers must be 0 or 1. None makes an autoencoder: the target is x.
+            output. With one output, integers must be 0 or 1. None makes an autoencoder: the target is x (of uint8
+            x a copy in the model's dtype, times x_scale).
         loss: ``"mse"``, ``"cross_entropy"`` (the output as logits, or a last nn.Softmax or nn.LogSoftmax) or
             ``"binary_cross_entropy"`` (logits, or a last nn.Sigmoid); means as in torch.
         schedule: `Alternating`, `RoundRobin` or `StackedAutoencoder`; RoundRobin(rounds=12) where none is given.
@@ -75,7 +80,9 @@ def fit(
         reset_momentum: start every block with zero velocity.
         direction: ``"sngd"``, or ``"nesterov"`` for Nesterov's momentum.
         shuffle: a new order for every pass, drawn on the device; else the rows as they lie.
-        validation: (x, y) on which loss and accuracy are computed after every round.
+        x_scale: what uint8 x is multiplied with, such as 1 / 255; needed there, and None or 1 elsewhere. The trained model
+            itself takes x.float() * x_scale.
+        validation: (x, y) on which loss and accuracy are computed after every round; its x uint8 as x is, or not.
         seed: of the shuffling; None for a different one each time.
         device: move model and data there first; None leaves the model where it is and expects the data there too.
         precision: ``"highest"``, ``"high"`` or ``"medium"``, as torch.set_float32_matmul_precision, during this call;
@@ -130,6 +137,7 @@ def fit(
         backend=backend_name(backend),
         stop_epsilon=None if stop_epsilon is None else number("stop_epsilon", stop_epsilon),
         prefix_budget=_whole("prefix_budget", prefix_budget, low=0),
+        x_scale=1.0 if x_scale is None else number("x_scale", x_scale),
     )
     _check_settings(settings, direction, precision)
     to = None if device is None else _device(device)
@@ -142,19 +150,20 @@ def fit(
         raise TypeError(f"checkpoint: expected a path, got {type(checkpoint).__name__}")
     if not isinstance(shuffle, bool):
         raise TypeError(f"shuffle: expected True or False, got {shuffle!r}")
-    inputs = _inputs("x", x, net, to)
+    inputs = _inputs("x", x, x_scale, net, to)
+    as_target = functools.partial(reference.widened, dtype=net.layers[0].weight.dtype, x_scale=settings.x_scale)
     target, _ = _target("y", y, inputs, net, to)
     if any(phase.autoencodes for phase in schedule.phases(net.widths)):
-        if target is not None and not (target.shape == inputs.shape and bool((target == inputs).all())):
+        if target is not None and not (target.shape == inputs.shape and bool((target == as_target(inputs)).all())):
             raise ValueError("y: StackedAutoencoder's target is x itself; expected None or x, got other values")
         target = None
     held_out = None
     if validation is not None:
         if not isinstance(validation, tuple | list) or len(validation) != 2:
             raise TypeError("validation: expected a pair (x, y)")
-        x_held_out = _inputs("validation[0]", validation[0], net, to)
+        x_held_out = _inputs("validation[0]", validation[0], x_scale, net, to)
         y_held_out, classes = _target("validation[1]", validation[1], x_held_out, net, to)
-        held_out = (x_held_out, _as_float(x_held_out, net) if y_held_out is None else y_held_out, classes)
+        held_out = (x_held_out, as_target(x_held_out) if y_held_out is None else y_held_out, classes)
     file = None
     if checkpoint is not None:
         effective = precision or torch.get_float32_matmul_precision()
@@ -163,12 +172,8 @@ def fit(
         model.to(to)
         net = network.from_module(model, loss)
     with _precision(precision), torch.no_grad():
-        trainer = Trainer(net, inputs, _as_float(inputs, net) if target is None else target, settings, held_out)
+        trainer = Trainer(net, inputs, as_target(inputs) if target is None else target, settings, held_out)
         return trainer.run([*callbacks, *([_print_round] if progress else [])], file)
-
-
-def _as_float(x: Tensor, net: Network) -> Tensor:
-    return x.to(net.layers[0].weight.dtype)
 
 
 def _rates(lr: LearningRate, lr_schedule: str | Callable[[int, int], float], rounds: int, layers: int) -> list[list[float]]:
@@ -262,7 +267,7 @@ def _place(name: str, tensor: Tensor, net: Network, device: torch.device | None)
     return tensor
 
 
-def _inputs(name: str, value: Any, net: Network, device: torch.device | None) -> Tensor:
+def _inputs(name: str, value: Any, x_scale: float | None, net: Network, device: torch.device | None) -> Tensor:
     """x as (rows, n_in) on the device."""
     x = _tensor(name, value)
     dtype = net.layers[0].weight.dtype
@@ -272,12 +277,15 @@ def _inputs(name: str, value: Any, net: Network, device: torch.device | None) ->
         raise ValueError(f"{name}: expected shape (rows, {net.n_in}), got {tuple(x.shape)}")
     if x.shape[0] == 0:
         raise ValueError(f"{name}: expected at least one row, got none")
-    if x.dtype != dtype and not (dtype == torch.float32 and x.dtype == torch.bfloat16):
+    if x.dtype not in (dtype, torch.uint8) and not (dtype == torch.float32 and x.dtype == torch.bfloat16):
         narrow = " or torch.bfloat16" if dtype == torch.float32 else ""
         raise TypeError(
-            f"{name}: expected {dtype}{narrow}, as the model's weights are {dtype}, got {x.dtype}; convert it, "
+            f"{name}: expected {dtype}{narrow} or torch.uint8, as the model's weights are {dtype}, got {x.dtype}; convert it, "
             f"such as by torch.as_tensor(x, dtype={dtype})"
         )
+    if x.dtype == torch.uint8 and x_scale is None:
+        raise ValueError(f"x_scale: expected a number, such as 1 / 255, since {name} is uint8, got None")
+    scale(1.0 if x_scale is None else x_scale, name, x)
     return _place(name, x, net, device)
 
 
@@ -318,7 +326,9 @@ def _fingerprint(settings: Settings, precision: str, net: Network, x: Tensor, ta
     """What must be the same for a checkpoint to be gone on from: settings, model, and sums over the data in its order."""
 
     def digest(tensor: Tensor) -> str:
-        rows = tensor.flatten(1).sum(dim=1, dtype=torch.float64) if tensor.dim() > 1 else tensor.double()
+        # In parts, since torch's sum in float64 copies what it sums.
+        parts = [part.double() if part.dim() == 1 else part.sum(1, dtype=torch.float64) for part in tensor.split(FORWARD_ROWS)]
+        rows = torch.cat(parts)
         place = torch.arange(1, len(rows) + 1, dtype=torch.float64, device=rows.device)
         return repr((tuple(tensor.shape), str(tensor.dtype), rows.sum().item(), (rows * place).sum().item()))
 

@@ -15,7 +15,12 @@ Rows = Tensor | slice
 FORWARD_ROWS = 8192  # rows that go through a chain of layers at once, so that its inner activations stay small
 
 
-def forward(layers: Sequence[Layer], x: Tensor, backend: str) -> Tensor:
+def scale_of(x: Tensor, x_scale: float) -> float:
+    """What an operator multiplies this input with: uint8 is the data, anything else may be a layer's activations."""
+    return x_scale if x.dtype == torch.uint8 else 1.0
+
+
+def forward(layers: Sequence[Layer], x: Tensor, backend: str, x_scale: float) -> Tensor:
     """The output of a chain of layers, (rows, n_out); x itself for an empty chain."""
     if not layers:
         return x
@@ -23,14 +28,16 @@ def forward(layers: Sequence[Layer], x: Tensor, backend: str) -> Tensor:
     for start in range(0, x.shape[0], FORWARD_ROWS):
         h = x[start : start + FORWARD_ROWS]
         for weight, bias, activation in layers:
-            h = ops.layer_forward(h, weight, bias, activation, backend=backend)
+            h = ops.layer_forward(h, weight, bias, activation, x_scale=scale_of(h, x_scale), backend=backend)
         if h.shape[0] == x.shape[0]:
             return h
         out[start : start + FORWARD_ROWS] = h
     return out
 
 
-def evaluate(layers: Sequence[Layer], x: Tensor, target: Tensor, loss: str, backend: str) -> tuple[Tensor, Tensor]:
+def evaluate(
+    layers: Sequence[Layer], x: Tensor, target: Tensor, loss: str, backend: str, x_scale: float
+) -> tuple[Tensor, Tensor]:
     """(loss, correct rows) of a chain over all rows, both 0-dimensional and on the device.
 
     A row is correct where the largest output stands at its class; with one output, where the output is on the target's
@@ -40,7 +47,7 @@ def evaluate(layers: Sequence[Layer], x: Tensor, target: Tensor, loss: str, back
     correct = torch.zeros((), dtype=torch.int64, device=total.device)
     code = losses.code(loss)
     for start in range(0, x.shape[0], FORWARD_ROWS):
-        h = forward(layers, x[start : start + FORWARD_ROWS], backend)
+        h = forward(layers, x[start : start + FORWARD_ROWS], backend, x_scale)
         t = target[start : start + FORWARD_ROWS]
         values = losses.as_values(t, h.shape[1], h.dtype)
         total += losses.value(code, h, values) * h.shape[0]
@@ -105,15 +112,19 @@ class Problem:
         encoder: frozen layers whose activations are the phase's input.
         budget: bytes that kept activations may take; beyond it they are computed anew for the rows of each piece.
         backend: the operators' backend.
+        x_scale: what uint8 x is multiplied with.
     """
 
-    def __init__(self, x: Tensor, target: Tensor | None, encoder: Sequence[Layer], budget: int, backend: str) -> None:
+    def __init__(
+        self, x: Tensor, target: Tensor | None, encoder: Sequence[Layer], budget: int, backend: str, x_scale: float
+    ) -> None:
         self.budget = budget
         self.backend = backend
+        self.x_scale = x_scale
         self.encoder = tuple(encoder)
         self.x = x
         if self._fits(self.encoder):
-            self.x = forward(self.encoder, x, backend)
+            self.x = forward(self.encoder, x, backend, x_scale)
             self.encoder = ()
         self.target = target
         if target is None and not self.encoder:
@@ -129,7 +140,8 @@ class Problem:
         """The problem of the layers after `prefix`, with the prefix's activations of all rows kept; None beyond the budget."""
         if self.encoder or not self._fits(prefix):
             return None
-        return Problem(forward(prefix, self.x, self.backend), self.target, (), self.budget, self.backend)
+        x = forward(prefix, self.x, self.backend, self.x_scale)
+        return Problem(x, self.target, (), self.budget, self.backend, self.x_scale)
 
     def pieces(self, rows: Rows, prefix: Sequence[Layer], batch_size: int) -> Iterator[Piece]:
         """Inputs of the layer after `prefix` for these rows; each piece's activations fit the budget, or are one batch."""
@@ -149,9 +161,9 @@ class Problem:
         for start in range(0, count, chunk):
             part = slice(first + start, first + min(start + chunk, count))
             chosen = part if isinstance(rows, slice) else rows[part]
-            x = forward(self.encoder, self.x[chosen], self.backend)
+            x = forward(self.encoder, self.x[chosen], self.backend, self.x_scale)
             target = x if self.target is None else self.target[chosen]
-            yield Piece(forward(prefix, x, self.backend), target, None)
+            yield Piece(forward(prefix, x, self.backend, self.x_scale), target, None)
 
     def all_pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The phase's input and target over all rows, in pieces that fit the budget."""

@@ -14,7 +14,7 @@ from .. import ops
 from ..network import Network
 from . import checkpoint, finetune
 from .history import BlockRecord, History, RoundRecord
-from .problem import Problem, RowStream, evaluate
+from .problem import Problem, RowStream, evaluate, scale_of
 from .schedules import Phase, Schedule
 
 LearningRate = float | Sequence[float] | Callable[[int], float | Sequence[float]]
@@ -46,6 +46,7 @@ class Settings:
     backend: str
     stop_epsilon: float | None
     prefix_budget: int
+    x_scale: float
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Trainer:
 
     Args:
         network: views on the parameters.
-        x: (rows, n_in) on the parameters' device.
+        x: (rows, n_in) on the parameters' device; uint8 stands for x times the settings' x_scale.
         target: class indices (rows,) or values (rows, n_out).
         settings: how to train.
         validation: (x, target, whether the target holds classes), or None.
@@ -158,7 +159,8 @@ class Trainer:
         encoder = [self.network.layers[i] for i in phase.encoder]
         if at.problem is None:
             target = None if phase.encoder else self.target
-            at.problem = Problem(self.x, target, encoder, self.settings.prefix_budget, self.settings.backend)
+            settings = self.settings
+            at.problem = Problem(self.x, target, encoder, settings.prefix_budget, settings.backend, settings.x_scale)
         if self.settings.stop_epsilon is not None and at.objective is None:
             at.objective = self._objective(phase, at.problem)
         before = self.state()
@@ -222,7 +224,8 @@ class Trainer:
             ops.sngd_epoch_(
                 weight, bias, x, target, order, settings.batch_size, suffix, activation, settings.loss, lr,
                 velocity_weight=velocity_weight, velocity_bias=velocity_bias,
-                momentum=settings.momentum, nesterov=settings.nesterov, backend=settings.backend,
+                momentum=settings.momentum, nesterov=settings.nesterov, x_scale=scale_of(x, settings.x_scale),
+                backend=settings.backend,
             )
             for rows in self.streams[layer].take(steps)
             for x, target, order in problem.pieces(rows, prefix, settings.batch_size)
@@ -264,19 +267,22 @@ class Trainer:
         metrics: dict[str, float] = {}
         if self.validation is not None:
             x, target, classes = self.validation
-            value, correct = evaluate(self.network.layers, x, target, self.settings.loss, self.settings.backend)
+            value, correct = self._evaluate(self.network.layers, x, target)
             metrics["loss"] = float(value)
             if classes:
                 metrics["accuracy"] = int(correct) / x.shape[0]
         record = RoundRecord(phase, len(self.history.rounds), loss, None, metrics, steps, self.weights_updated, seconds)
         self.history.rounds.append(record)
 
+    def _evaluate(self, chain: Sequence[ops.Layer], x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return evaluate(chain, x, target, self.settings.loss, self.settings.backend, self.settings.x_scale)
+
     def _objective(self, phase: Phase, problem: Problem) -> float:
         """The phase's loss over all training rows."""
         chain = [self.network.layers[i] for i in phase.chain]
         total = 0.0
         for x, target in problem.all_pieces():
-            value, _ = evaluate(chain, x, target, self.settings.loss, self.settings.backend)
+            value, _ = self._evaluate(chain, x, target)
             total += float(value) * x.shape[0]
         return total / self.x.shape[0]
 
@@ -287,7 +293,7 @@ class Trainer:
         def train(steps: int | None) -> tuple[Tensor, Tensor]:
             return finetune.epoch(
                 self.network, self.x, self.target, self.streams[-1], loss=settings.loss, lr=settings.schedule.finetune_lr,
-                steps=steps,
+                x_scale=settings.x_scale, steps=steps,
             )  # fmt: skip
 
         values, norms = train(None)

@@ -27,7 +27,7 @@ from dante_kernels.kernels import launcher, layers
 CAPABILITIES = (80, 90, 100)
 EPILOGUES = {layers.FORWARD: "forward", layers.LAST: "last", layers.BACKWARD: "backward"}
 LEAKY, SIGMOID, TANH = [0.0, 0.01, 1.0], [1.0, 1.0, 1.0], [2.0, 1.0, 1.0]
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int64: "*i64", torch.int32: "*i32"}
 
 # widths, batch, loss, activation, precision, what is special
 CASES = [
@@ -38,6 +38,11 @@ CASES = [
     ((784, 100, 10), 20, "mse", LEAKY, "medium", "bfloat16"),
     ((784, 100, 10), 100, "mse", LEAKY, "highest", "bfloat16"),
     ((1024, 1024, 10), 100, "mse", LEAKY, "highest", "bfloat16"),
+    ((784, 100, 10), 20, "mse", LEAKY, "medium", "uint8"),
+    ((784, 100, 10), 100, "mse", LEAKY, "highest", "uint8"),
+    ((1024, 1024, 10), 100, "mse", LEAKY, "highest", "uint8"),
+    ((3072, 512, 10), 500, "mse", LEAKY, "high", "uint8"),
+    ((3072, 2048, 10), 100, "mse", LEAKY, "highest", "uint8"),
     ((784, 400, 200, 10), 500, "cross_entropy", TANH, "highest", ""),
     ((784, 400, 784), 100, "binary_cross_entropy", SIGMOID, "highest", ""),
     ((784, 400, 784), 100, "cross_entropy", LEAKY, "high", ""),
@@ -60,6 +65,9 @@ PERSISTENT_CASES = [
     ((64, 100, 10), 20, "mse", LEAKY, "highest", ""),
     ((64, 100), 20, "mse", SIGMOID, "highest", "transposed"),
     ((64, 100, 10), 20, "mse", LEAKY, "highest", "bfloat16"),
+    ((784, 100, 10), 20, "mse", LEAKY, "highest", "uint8"),
+    ((784, 100, 10), 60, "mse", LEAKY, "highest", "uint8 momentum"),
+    ((784, 10), 20, "cross_entropy", LEAKY, "highest", "uint8 momentum"),
     ((30, 10), 20, "cross_entropy", LEAKY, "highest", "momentum"),
 ]
 
@@ -103,6 +111,8 @@ class Collector:
             label += f" {constants['PRECISION']} {constants[rows]}x{constants[columns]}x{constants[inner]}"
             if persistent:
                 label += f" x {num_warps} warps, {constants['SPLIT_OUT']} x {constants['SPLIT_IN']} programs"
+        if "*u8" in signature.values():
+            label += " of uint8"
         key = repr((label, signature, constexprs, attributes, options))
         self.found.setdefault(key, (label, kernel, signature, constexprs, attributes, options))
 
@@ -110,26 +120,27 @@ class Collector:
 def run_case(widths, batch, loss, activation, precision, special) -> None:
     """Call the operators as a user would, so that everything they launch is collected."""
     torch.set_float32_matmul_precision(precision)
-    dtype = torch.bfloat16 if special == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if special == "bfloat16" else torch.uint8 if "uint8" in special else torch.float32
+    x_scale = 1 / 255 if dtype == torch.uint8 else 1.0
     x = torch.zeros(2 * batch, widths[0], dtype=dtype)
     weights = [torch.zeros(n_out, n_in) for n_in, n_out in itertools.pairwise(widths)]
     biases = [torch.zeros(n_out) for n_out in widths[1:]]
     if special == "transposed":
         weights[0] = torch.zeros(widths[0], widths[1]).t()
-    velocities = [torch.zeros_like(weights[0]), torch.zeros_like(biases[0])] if special == "momentum" else [None, None]
+    velocities = [torch.zeros_like(weights[0]), torch.zeros_like(biases[0])] if "momentum" in special else [None, None]
     classes = widths[-1] in (10, 30)
     target = torch.zeros(2 * batch, dtype=torch.int64) if classes else torch.zeros(2 * batch, widths[-1])
     order = torch.arange(2 * batch) if classes else None
-    momentum = 0.9 if special == "momentum" else 0.0
+    momentum = 0.9 if "momentum" in special else 0.0
     numbers = activation * len(weights)
     code, lr = losses.code(loss), torch.tensor(0.1)
     kernels.sngd_epoch_(
         weights[0], biases[0], x, target, order, batch, weights[1:], biases[1:], numbers, code, lr,
-        *velocities, momentum, momentum > 0,
+        *velocities, momentum, momentum > 0, x_scale,
     )  # fmt: skip
-    kernels.layer_forward(x, weights[0], biases[0], activation)
-    if special == "momentum" and len(weights) > 1:
-        kernels.layer_gradient(weights[0], None, x, target, weights[1:], biases[1:], numbers, code)
+    kernels.layer_forward(x, weights[0], biases[0], activation, x_scale)
+    if "momentum" in special and len(weights) > 1:
+        kernels.layer_gradient(weights[0], None, x, target, weights[1:], biases[1:], numbers, code, x_scale)
         kernels.sngd_step_(weights[1], biases[1], torch.zeros(batch, widths[1]), target[:batch], [], [], LEAKY, code, lr)
 
 
@@ -167,7 +178,7 @@ def compile_one(capability, label, kernel, signature, constexprs, attributes, op
         "stack": stack,
         "shared": compiled.metadata.shared,
         "mma": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
-        "fma": len(re.findall(r"\bfma\.rn", ptx)),
+        "fma": len(re.findall(r"\bfma\.rn", ptx)) + len(re.findall(r"\bfma\.rn\.f32x2", ptx)),  # two in one
         "rounded_additions": len(re.findall(r"arith\.addf [^:]*%arg\d+[^:]*: tensor<[^,]*, #(?:mma|linear)", ttgir)),
         "trap": len(re.findall(r"\btrap;", ptx)),
         "acquires": len(re.findall(r"\bld\.[\w.]*acquire|\batom\.[\w.]*acquire", ptx)),

@@ -45,11 +45,8 @@ def expected(p: Problem, order, table, dtype, momentum, nesterov, relative, rese
         current = block
         x = reference.layer_forward(q.x[rows], *layers[0]) if layer else q.x[rows]
         velocity = velocities[layer] if momentum else (None, None)
-        results.append(
-            reference.sngd_step_(
-                weight, bias, x, q.target[rows], layers[layer + 1 :], phi, losses.code(q.loss), rate, *velocity, momentum, nesterov
-            )
-        )  # fmt: skip
+        problem = (weight, bias, x, q.target[rows], layers[layer + 1 :], phi, losses.code(q.loss))
+        results.append(reference.sngd_step_(*problem, rate, *velocity, momentum, nesterov))
     state = [
         t for (w, b, _), v in zip(layers, velocities, strict=True) for t in (w, b, *(v if momentum else ())) if t is not None
     ]
@@ -65,7 +62,7 @@ def run(p: Problem, batch, order, table, seed=0, momentum=0.0, nesterov=False, r
     with interleaved(seed):
         result = kernels.sngd_blocks_(
             weights, biases, p.x, p.target, order, table, batch, activations, losses.code(p.loss), torch.tensor(RATES),
-            velocity_weights, velocity_biases, momentum, nesterov, relative, reset, tiles(p, batch),
+            velocity_weights, velocity_biases, momentum, nesterov, 1.0, relative, reset, tiles(p, batch),
         )  # fmt: skip
     state = [t for four in zip(weights, biases, velocity_weights, velocity_biases, strict=True) for t in four if t is not None]
     return [*state, *result]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import ACTIVATIONS, FLOOR, LOSSES, Problem, assert_error_rule, make_problem, reference_gradient
+from support import ACTIVATIONS, FLOOR, LOSSES, Problem, as_float32, assert_error_rule, make_problem, reference_gradient
 from torch import Tensor
 
 from dante_kernels import kernels, losses, reference
@@ -280,16 +280,27 @@ def test_lower_precision_is_accepted_and_rounds_operands_only(name: str, bits: i
     assert name == "high" or error >= 2.0**-12
 
 
-def test_bfloat16_data_are_computed_as_their_float32_values() -> None:
-    p = make_problem(seed=14, rows=12, n_in=40, widths=(8, 3))
-    q = p.clone()
-    q.x = p.x.bfloat16()
-    p.x = q.x.float()
-    assert all(same_bits(a, b) for a, b in zip(epoch(p, None, 5), epoch(q, None, 5), strict=True))
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("name", ["highest", "medium"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+def test_narrow_data_are_computed_as_their_float32_values(name: str, dtype: torch.dtype) -> None:
+    torch.set_float32_matmul_precision(name)
+    q = make_problem(seed=14, rows=12, n_in=40, widths=(8, 3), uint8=dtype == torch.uint8)
+    q.x = q.x.to(dtype)
+    p = as_float32(q)
+    rest = (None, None, 0.0, False)
+    assert all(same_bits(a, b) for a, b in zip(epoch(p, None, 5), epoch(q, None, 5, *rest, q.x_scale), strict=True))
     assert same_bits(p.weight, q.weight)
     activation = p.activation.encode()
-    together = (kernels.layer_forward(r.x, r.weight, r.bias, activation) for r in (p, q))
+    together = (kernels.layer_forward(r.x, r.weight, r.bias, activation, r.x_scale) for r in (p, q))
     assert same_bits(*together)
+
+
+def test_uint8_data_take_the_plan_of_float32_data() -> None:
+    for widths in ([784, 100, 10], [784, 10]):
+        for batch in (20, 60):
+            both = (plan.persistent(widths, batch, False, False, dtype, 132) for dtype in (torch.uint8, torch.float32))
+            assert next(both) == next(both)
 
 
 def test_a_step_is_two_launches_a_layer_and_one_more(monkeypatch: pytest.MonkeyPatch) -> None:

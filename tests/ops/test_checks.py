@@ -22,7 +22,8 @@ WRONG = {
     ],
     "x": [
         (lambda p: p.x[:, :4], ValueError, r"x: expected shape \(rows, 5\), got \(7, 4\)"),
-        (lambda p: p.x.double(), TypeError, "x: expected float32 or bfloat16, got float64"),
+        (lambda p: p.x.double(), TypeError, "x: expected float32 or bfloat16 or uint8, got float64"),
+        (lambda p: p.x.to(torch.int8), TypeError, "x: expected float32 or bfloat16 or uint8, got int8"),
         (lambda p: p.x[:0], ValueError, "x: expected at least one row"),
         (lambda p: p.x.to("meta"), ValueError, "x: expected on cpu, where the weight is, got meta"),
     ],
@@ -62,6 +63,7 @@ def test_a_wrong_part_of_the_problem_is_named(name, make, error, message, backen
 @pytest.mark.parametrize(
     ("more", "error", "message"),
     [
+        ({"x_scale": 0.5}, ValueError, "x_scale: expected 1 unless x is uint8, got 0.5 beside float32"),
         ({"lr": float("nan")}, ValueError, "lr: expected a finite number, got nan"),
         ({"lr": float("inf")}, ValueError, "lr: expected a finite number, got inf"),
         ({"lr": torch.zeros(2)}, ValueError, "lr: expected a number or a 0-dimensional tensor"),
@@ -144,6 +146,7 @@ def test_the_environment_variable_chooses_the_backend(monkeypatch):
         ({"batch_size": 2.5}, "batch_size: expected a whole number, got float"),
         ({"lr": None}, "lr: expected a number, got NoneType"),
         ({"momentum": "0.9"}, "momentum: expected a number, got str"),
+        ({"x_scale": "1/255"}, "x_scale: expected a number, got str"),
         ({"velocity_weight": 1}, "velocity_weight: expected a torch.Tensor, got int"),
         ({"backend": 3}, "backend: expected a name, got int"),
     ],
@@ -156,6 +159,22 @@ def test_an_argument_of_the_wrong_type_is_named(more, message):
     }  # fmt: skip
     with pytest.raises(TypeError, match=message):
         ops.sngd_epoch_(**arguments)
+
+
+@pytest.mark.parametrize("x_scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_wrong_scale_of_uint8_x_is_named_by_every_operator(x_scale, backend):
+    problem = make_problem(seed=0, uint8=True)
+    before = problem.weight.clone()
+    more = {"x_scale": x_scale, "backend": backend}
+    for call in (
+        lambda: ops.layer_forward(problem.x, problem.weight, problem.bias, problem.activation, **more),
+        lambda: ops.layer_gradient(*problem.args, **more),
+        lambda: ops.sngd_step_(*problem.args, 0.1, **more),
+        lambda: ops.sngd_epoch_(*problem.args[:4], None, 2, *problem.args[4:], 0.1, **more),
+    ):
+        with pytest.raises(ValueError, match=f"x_scale: expected a finite number above 0, got {x_scale}"):
+            call()
+    assert torch.equal(problem.weight, before)
 
 
 @pytest.mark.parametrize("other", ["x", "velocity_weight", "bias"])

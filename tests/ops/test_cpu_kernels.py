@@ -288,13 +288,15 @@ MEMORY = """
 import resource, sys
 import torch
 from dante_kernels import ops
-rows, n_in, n_out, batch, threads = map(int, sys.argv[1:])
+rows, n_in, n_out, batch, threads = map(int, sys.argv[2:])
 torch.set_num_threads(threads)
-x, y = torch.rand(rows, n_in), torch.randint(0, 10, (rows,))
+x, y = torch.rand(rows, n_in).mul(200).to(getattr(torch, sys.argv[1])), torch.randint(0, 10, (rows,))
+scale = 1 / 255 if x.dtype == torch.uint8 else 1.0
 order = torch.randperm(rows)
 w, b, u, c = torch.randn(n_out, n_in), torch.zeros(n_out), torch.randn(10, n_out), torch.zeros(10)
 suffix = [ops.Layer(u, c, "relu")]
-run = lambda n: ops.sngd_epoch_(w, b, x, y, order[:n], min(n, batch), suffix, "relu", "mse", 0.1, backend="cpp")
+more = {"x_scale": scale, "backend": "cpp"}
+run = lambda n: ops.sngd_epoch_(w, b, x, y, order[:n], min(n, batch), suffix, "relu", "mse", 0.1, **more)
 run(1)  # code and libraries
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run(rows)
@@ -306,9 +308,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.parametrize(
     ("rows", "n_in", "n_out", "batch"), [(100_000, 200, 100, 100), (60_000, 300, 64, 60_000), (500, 2000, 1000, 100)]
 )
-@pytest.mark.parametrize("count", [1, 2])
-def test_the_memory_of_a_pass_is_its_layer_and_8_mib_a_thread(rows, n_in, n_out, batch, count):
-    arguments = map(str, (rows, n_in, n_out, batch, count))
+@pytest.mark.parametrize(("dtype", "count"), [("float32", 1), ("float32", 2), ("uint8", 1)])
+def test_the_memory_of_a_pass_is_its_layer_and_8_mib_a_thread(rows, n_in, n_out, batch, dtype, count):
+    arguments = map(str, (dtype, rows, n_in, n_out, batch, count))
     done = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=True)
     packed = 2 * 4 * 1.2 * n_in * n_out  # the weight and its gradient in the kernels' layout
     assert float(done.stdout) * 1024 <= packed + count * 8 * 2**20

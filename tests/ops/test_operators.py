@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import ACTIVATIONS, LOSSES, assert_error_rule, assert_same, make_problem, reference_gradient
+from support import ACTIVATIONS, LOSSES, as_float32, assert_error_rule, assert_same, make_problem, reference_gradient
 
 from dante_kernels import losses, ops, reference
 from dante_kernels.ops import Layer
@@ -26,14 +26,13 @@ SHAPES = {  # rows, n_in, widths of the active layer and the suffix
 def check_forward(problem, backend):
     args = (problem.x, problem.weight, problem.bias, problem.activation)
     exact = problem.to(torch.float64)
-    got = ops.layer_forward(*args, backend=backend)
-    assert_error_rule(
-        "h", got, reference.layer_forward(*args), reference.layer_forward(exact.x, exact.weight, exact.bias, exact.activation)
-    )
+    got = ops.layer_forward(*args, x_scale=problem.x_scale, backend=backend)
+    truth = reference.layer_forward(exact.x, exact.weight, exact.bias, exact.activation, problem.x_scale)
+    assert_error_rule("h", got, reference.layer_forward(*args, problem.x_scale), truth)
 
 
 def check_gradient(problem, backend):
-    got = ops.layer_gradient(*problem.args, backend=backend)
+    got = ops.layer_gradient(*problem.args, x_scale=problem.x_scale, backend=backend)
     torch32, exact = (reference_gradient(problem, dtype) for dtype in (torch.float32, torch.float64))
     for name, ours, theirs, truth in zip(("grad_weight", "grad_bias", "norm"), got, torch32, exact, strict=True):
         if ours is not None:
@@ -52,8 +51,9 @@ def check_step(problem, backend, momentum=0.0, nesterov=False, lr=0.3):
                 p = ours.to(dtype)
                 v, vb = (None if t is None else t.to(dtype, copy=True) for t in velocity)
             outcome = ops.sngd_step_(
-                *p.args, lr, velocity_weight=v, velocity_bias=vb, momentum=momentum, nesterov=nesterov, backend=kind
-            )
+                *p.args, lr, velocity_weight=v, velocity_bias=vb, momentum=momentum, nesterov=nesterov,
+                x_scale=p.x_scale, backend=kind,
+            )  # fmt: skip
             changed = {"weight": p.weight, "bias": p.bias, "velocity_weight": v, "velocity_bias": vb}
             results.append(dict(zip(("loss", "norm"), outcome, strict=True)) | changed)
         torch32, exact, got = results
@@ -90,8 +90,9 @@ def test_right_for_every_loss_and_activation(backend, loss, activation, class_in
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_right_with_momentum(backend, nesterov, bias):
-    problem = make_problem(seed=5, rows=12, n_in=20, widths=(18, 5), bias=bias)
+@pytest.mark.parametrize("uint8", [False, True])
+def test_right_with_momentum(backend, nesterov, bias, uint8):
+    problem = make_problem(seed=5, rows=12, n_in=20, widths=(18, 5), bias=bias, uint8=uint8)
     check_step(problem, backend, momentum=0.9, nesterov=nesterov)
 
 
@@ -120,6 +121,7 @@ def test_right_for_any_shape_and_strides(backend, data):
     problem = make_problem(
         seed=draw(st.integers(0, 1000)), rows=draw(st.integers(1, 40)), n_in=draw(st.integers(1, 70)), widths=widths,
         loss=loss, activation=draw(st.sampled_from(["leaky_relu", "sigmoid", "tanh"])), bias=draw(st.booleans()),
+        uint8=draw(st.booleans()),
     )  # fmt: skip
     for name in ("weight", "bias", "x", "target"):
         if getattr(problem, name) is not None:
@@ -189,20 +191,31 @@ def test_classes_ruled_out_by_minus_infinity_cost_nothing(backend):
         torch.testing.assert_close(norm.double(), true_norm, rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_inputs_are_used_at_full_precision(backend):
-    problem = make_problem(seed=6, rows=30, n_in=40, widths=(20, 5))
-    problem.x = problem.x.bfloat16()
-    wide = problem.clone()
-    wide.x = problem.x.float()
-    assert torch.equal(
-        ops.layer_forward(problem.x, problem.weight, problem.bias, problem.activation, backend=backend),
-        ops.layer_forward(wide.x, wide.weight, wide.bias, wide.activation, backend=backend),
-    )
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
-    ops.sngd_epoch_(*problem.args[:4], order, 8, *problem.args[4:], 0.1, backend=backend)
-    ops.sngd_epoch_(*wide.args[:4], order, 8, *wide.args[4:], 0.1, backend=backend)
-    assert torch.equal(problem.weight, wide.weight)
-    assert torch.equal(problem.bias, wide.bias)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])  # without, cpp takes the norm from Gram matrices
+def test_narrow_inputs_give_the_bits_of_their_float32_values(backend, dtype, transposed, momentum):
+    problem = make_problem(seed=6, rows=30, n_in=40, widths=(20, 5), uint8=dtype == torch.uint8)
+    problem.x = problem.x.to(dtype)
+    outcomes = []
+    for p in (problem, as_float32(problem)):
+        x = p.x = p.x.t().contiguous().t() if transposed else p.x
+        scale = {"x_scale": p.x_scale, "backend": backend}
+        outcome = [ops.layer_forward(x, p.weight, p.bias, p.activation, **scale), *ops.layer_gradient(*p.args, **scale)]
+        outcome += ops.sngd_step_(*p.args, 0.1, **scale)
+        more = {"velocity_weight": torch.zeros_like(p.weight), "velocity_bias": torch.zeros_like(p.bias)} if momentum else {}
+        order = torch.arange(29, -1, -1)
+        outcome += ops.sngd_epoch_(*p.args[:4], order, 8, *p.args[4:], 0.1, momentum=momentum, **more, **scale)
+        outcomes.append([*outcome, p.weight, p.bias, *more.values()])
+    for narrow, wide in zip(*outcomes, strict=True):
+        assert_same(backend, narrow, wide)
+
+
+def test_uint8_inputs_beside_float64_weights_are_scaled_in_float64():
+    problem = make_problem(seed=6, rows=9, uint8=True)
+    p = problem.to(torch.float64)
+    h = ops.layer_forward(p.x, p.weight, p.bias, p.activation, x_scale=1 / 255)
+    assert torch.equal(h, ops.layer_forward(p.x.double() * (1 / 255), p.weight, p.bias, p.activation))
 
 
 def test_no_rows_give_no_activations(backend):

@@ -17,25 +17,27 @@ def flat(problem):
     )
 
 
-def samples(bias):
-    problem = make_problem(seed=0, bias=bias)
+def samples(bias, uint8=False):
+    problem = make_problem(seed=0, bias=bias, uint8=uint8)
     data, chain = flat(problem)
     lr = torch.tensor(0.1)
     velocity = (torch.zeros_like(problem.weight), torch.zeros_like(problem.bias) if bias else None)
+    scale = [problem.x_scale] if uint8 else []
+    plain = [None, None, 0.0, False] if uint8 else []
     return {
-        "layer_forward": (problem.x, problem.weight, problem.bias, chain[2][:3]),
-        "layer_gradient": (*data, *chain),
-        "sngd_step_": (*data, *chain, lr, *velocity, 0.9, True),
-        "sngd_epoch_": (*data, torch.randperm(7), 3, *chain, lr),
+        "layer_forward": (problem.x, problem.weight, problem.bias, chain[2][:3], *scale),
+        "layer_gradient": (*data, *chain, *scale),
+        "sngd_step_": (*data, *chain, lr, *velocity, 0.9, True, *scale),
+        "sngd_epoch_": (*data, torch.randperm(7), 3, *chain, lr, *plain, *scale),
     }
 
 
 @pytest.mark.parametrize("name", ["layer_forward", "layer_gradient", "sngd_step_", "sngd_epoch_"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bias", "uint8"), [(True, False), (False, False), (True, True)])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_opcheck_passes(name, bias, backend):
+def test_opcheck_passes(name, bias, uint8, backend):
     operator = getattr(torch.ops.dante, name).default
-    opcheck(operator, samples(bias)[name], {"backend": backend})
+    opcheck(operator, samples(bias, uint8)[name], {"backend": backend})
 
 
 @pytest.mark.parametrize("name", ["layer_forward", "layer_gradient", "sngd_step_", "sngd_epoch_"])

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from support import blobs, net, weights
+from support import as_bytes, blobs, net, weights
 from torch import nn
 
 import dante_kernels as dk
 
 SCHEDULES = {
     "round-robin": (dk.RoundRobin(rounds=4, inner_epochs=1, inner_steps=4, finetune_epochs=2), (6, 5, 4, 3)),
+    "uint8": (dk.RoundRobin(rounds=4, inner_epochs=1, inner_steps=4, finetune_epochs=2), (6, 5, 4, 3)),
     "stacked": (dk.StackedAutoencoder(rounds=2, finetune_epochs=1), (6, 5, 4, 5, 6)),
 }
 
@@ -22,8 +23,10 @@ class Interrupted(Exception):
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, kind, after):
     schedule, widths = SCHEDULES[kind]
     x, y = blobs()
-    data = (x, y) if kind == "round-robin" else (x,)
+    data = (x,) if kind == "stacked" else (x, y)
     common = {"schedule": schedule, "batch_size": 7, "momentum": 0.9, "stop_epsilon": 1e-9, "seed": 5}
+    if kind == "uint8":
+        data, common["x_scale"] = (as_bytes(x)[0], y), 1 / 255
     whole = net(*widths)
     expected = dk.fit(whole, *data, **common)
 

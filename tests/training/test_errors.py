@@ -3,19 +3,29 @@
 import numpy as np
 import pytest
 import torch
-from support import blobs, net, weights
+from support import as_bytes, assert_same, blobs, net, weights
 from torch import nn
 
 import dante_kernels as dk
 
 X, Y = blobs()
+BYTES, _ = as_bytes(X)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": X.double()}, TypeError, r"x: expected torch.float32 or torch.bfloat16, .*got torch.float64"),
-        ({"x": (X * 9).to(torch.uint8)}, TypeError, "x: expected torch.float32.*got torch.uint8"),
+        ({"x": X.double()}, TypeError, r"x: expected torch.float32 or torch.bfloat16 or torch.uint8, .*got torch.float64"),
+        ({"x": BYTES}, ValueError, "x_scale: expected a number, such as 1 / 255, since x is uint8, got None"),
+        ({"x": BYTES, "x_scale": 0}, ValueError, "x_scale: expected a finite number above 0, got 0"),
+        ({"x": BYTES, "x_scale": "1/255"}, TypeError, "x_scale: expected a number, got str"),
+        ({"x_scale": 0.5}, ValueError, "x_scale: expected 1 unless x is uint8, got 0.5 beside float32"),
+        (
+            {"x": BYTES, "x_scale": 0.5, "validation": (X, Y)},
+            ValueError,
+            r"x_scale: expected 1 unless validation\[0\] is uint8, got 0.5 beside float32",
+        ),
+        ({"validation": (BYTES, Y)}, ValueError, r"x_scale: expected a number, .* since validation\[0\] is uint8, got None"),
         ({"x": X[:, :5]}, ValueError, r"x: expected shape \(rows, 6\), got \(90, 5\)"),
         ({"x": X[0]}, ValueError, r"x: expected shape \(rows, 6\), got \(6,\)"),
         ({"x": X[:0], "y": Y[:0]}, ValueError, "x: expected at least one row"),
@@ -129,6 +139,20 @@ def test_a_gradient_that_is_not_finite_is_named_and_the_weights_are_those_before
     dk.fit(continued, X, Y, schedule=dk.RoundRobin(rounds=1, inner_steps=steps), **common)
     assert torch.equal(weights(model), weights(continued))
     assert not torch.equal(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("schedule", [dk.RoundRobin(rounds=3), dk.RoundRobin(rounds=1, inner_steps=2, finetune_epochs=1)])
+def test_uint8_data_is_replayed_up_to_the_step_that_is_not_finite(schedule, backend):
+    narrow, wide = as_bytes(X)
+    models = net(6, 5, 3), net(6, 5, 3)
+    before = weights(models[0])
+    for model, data, scale in zip(models, (narrow, wide), (1 / 255, None), strict=True):
+        target = nn.functional.one_hot(Y, 3).float()
+        target[67, 0] = float("nan")  # step 6 of an epoch
+        with pytest.raises(dk.NonFiniteError, match="step 6"):
+            dk.fit(model, data, target, schedule=schedule, batch_size=10, shuffle=False, x_scale=scale, backend=backend)
+    assert not torch.equal(weights(models[0]), before)
+    assert_same(backend, *map(weights, models))
 
 
 def test_fine_tuning_that_is_not_finite_goes_back_to_the_weights_before_that_step():

@@ -2,10 +2,12 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from support import blobs, net, weights
+from support import as_bytes, assert_same, blobs, net, weights
 from torch import nn
 
 import dante_kernels as dk
@@ -302,6 +304,66 @@ def test_bfloat16_data_is_taken_beside_float32_weights():
     assert (model(x).argmax(1) == y).float().mean() > 0.9
     autoencoder = net(6, 4, 6)
     dk.fit(autoencoder, x.bfloat16(), schedule=dk.RoundRobin(rounds=1))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"schedule": dk.RoundRobin(rounds=2, finetune_epochs=2)},
+        {"schedule": dk.RoundRobin(rounds=2, inner_steps=3), "prefix_budget": 0, "momentum": 0.9, "stop_epsilon": 1e-9},
+        {"schedule": dk.Alternating(rounds=2), "loss": "cross_entropy", "shuffle": False},
+    ],
+)
+def test_uint8_data_trains_as_the_float32_values_that_they_stand_for(backend, more, monkeypatch):
+    x, y = blobs()
+    narrow, wide = as_bytes(x)
+    seen, real = [], dk.ops.sngd_epoch_
+
+    def spy(weight, bias, x, *rest, **settings):
+        seen.append((weight.shape[1], x.dtype, x.untyped_storage().data_ptr()))
+        return real(weight, bias, x, *rest, **settings)
+
+    monkeypatch.setattr(dk.ops, "sngd_epoch_", spy)
+    models, histories = (net(6, 5, 3), net(6, 5, 3)), []
+    for model, data, scale in zip(models, (narrow, wide), ({"x_scale": 1 / 255}, {}), strict=True):
+        seen.clear()
+        settings = {"validation": (data[:50], y[:50].to(torch.uint8)), "backend": backend, "batch_size": 20, **scale, **more}
+        histories.append(dk.fit(model, data, y.to(torch.uint8), **settings))
+        first = (data.dtype, data.untyped_storage().data_ptr())
+        assert {(dtype, place) for n_in, dtype, place in seen if n_in == 6} == {first}
+    assert_same(backend, *map(weights, models))
+    for ours, theirs in zip(histories[0].rounds, histories[1].rounds, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert ours.objective == (None if theirs.objective is None else pytest.approx(theirs.objective, rel=1e-5))
+        assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-5)
+
+
+MEMORY = """
+import resource, sys, tempfile
+import torch
+from torch import nn
+import dante_kernels as dk
+x, y = torch.randint(0, 256, (200_000, 400), dtype=torch.uint8), torch.randint(0, 4, (200_000,))
+model = nn.Sequential(nn.Linear(400, 4), nn.ReLU(), nn.Linear(4, 4))
+schedule = dk.RoundRobin(rounds=1, finetune_epochs=1)
+
+def fit(rows, folder):
+    data = (x[:rows], y[:rows])
+    dk.fit(model, *data, schedule=schedule, x_scale=1 / 255, batch_size=1000, validation=data, stop_epsilon=1e-9,
+           checkpoint=folder + f"/{rows}")
+
+with tempfile.TemporaryDirectory() as folder:
+    fit(1, folder)  # code and libraries
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fit(len(x), folder)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory as Linux gives it")
+def test_no_wider_copy_is_made_of_uint8_data():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) * 1024 < 200_000 * 400  # as much as a copy in uint8
 
 
 def test_callbacks_see_every_round_and_can_stop():

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support import blobs, net, weights
+from support import as_bytes, assert_same, blobs, net, weights
 from torch import nn
 
 import dante_kernels as dk
@@ -192,3 +192,18 @@ def test_a_bfloat16_autoencoder_takes_its_input_as_target():
     dk.fit(given, x, x, schedule=dk.StackedAutoencoder(rounds=1))
     dk.fit(implied, x, schedule=dk.StackedAutoencoder(rounds=1))
     assert torch.equal(weights(given), weights(implied))
+
+
+@pytest.mark.parametrize("budget", [2**30, 500])
+def test_a_uint8_autoencoders_target_is_what_its_input_stands_for(backend, budget):
+    narrow, wide = as_bytes(autoencoder_data()[:50])
+    outcomes = []
+    for data, more in ((narrow, {"x_scale": 1 / 255}), (narrow, {"x_scale": 1 / 255, "y": wide}), (wide, {})):
+        model = net(12, 8, 3, 8, 12, activation=nn.Sigmoid, output=nn.Sigmoid)
+        settings = {"validation": (data, None), "prefix_budget": budget, "stop_epsilon": 1e-12, "backend": backend, **more}
+        schedule = dk.StackedAutoencoder(rounds=2, finetune_epochs=1)
+        history = dk.fit(model, data, schedule=schedule, lr=0.3, batch_size=16, **settings)
+        outcomes.append((weights(model), torch.tensor([[r.metrics["loss"], r.objective or 0] for r in history.rounds])))
+    for ours in outcomes[:2]:
+        for got, expected in zip(ours, outcomes[2], strict=True):
+            assert_same(backend, got, expected)
