@@ -21,6 +21,7 @@ def _check_step(*args: Any) -> None:
 
 
 def check_epoch(*args: Any) -> None:
+    """What the operator checks of its arguments, which come in the order of its schema."""
     layer_and_data, (order, batch_size), rest = args[:4], args[4:6], args[6:]
     _check_step(*layer_and_data, *rest)
     checks.batches(order, batch_size, layer_and_data[2])

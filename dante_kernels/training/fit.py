@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import numbers
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from .. import losses, network
 from ..network import Network
+from ..ops import backends
 from ..ops.checks import backend_name, number
 from . import checkpoint as checkpoints
 from .history import History
+from .run import Run
 from .schedules import RoundRobin, Schedule
-from .trainer import Callback, LearningRate, Settings, Trainer
+from .trainer import Callback, LearningRate, Settings
 
 DIRECTIONS = ("sngd", "nesterov")
 LR_SCHEDULES = ("constant", "cosine")
@@ -109,6 +111,42 @@ def fit(
     >>> round(model[0].weight.item(), 3)
     3.0
     """
+    return prepare(**locals(), made={}, label="").alone()
+
+
+def prepare(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    *,
+    loss: str,
+    schedule: Schedule | None,
+    lr: LearningRate,
+    relative_lr: bool,
+    lr_schedule: str | Callable[[int, int], float],
+    batch_size: int,
+    momentum: float,
+    reset_momentum: bool,
+    direction: str,
+    shuffle: bool,
+    validation: tuple[Any, Any] | None,
+    seed: int | None,
+    device: torch.device | str | None,
+    precision: str | None,
+    backend: str,
+    callbacks: Sequence[Callback],
+    progress: bool,
+    checkpoint: str | os.PathLike[str] | None,
+    stop_epsilon: float | None,
+    prefix_budget: int,
+    made: dict[Any, Any],
+    label: str,
+) -> Run:
+    """Check all of `fit`'s arguments without changing anything.
+
+    `made` keeps what was made of x, y and validation, for the next model that is given the same; `label` stands before
+    each line of progress.
+    """
     losses.code(loss)
     schedule = RoundRobin() if schedule is None else schedule
     if not isinstance(schedule, Schedule):
@@ -142,9 +180,21 @@ def fit(
         raise TypeError(f"checkpoint: expected a path, got {type(checkpoint).__name__}")
     if not isinstance(shuffle, bool):
         raise TypeError(f"shuffle: expected True or False, got {shuffle!r}")
-    inputs = _inputs("x", x, net, to)
-    target, _ = _target("y", y, inputs, net, to)
-    if any(phase.autoencodes for phase in schedule.phases(net.widths)):
+    home, dtype = net.layers[0].weight.device, net.layers[0].weight.dtype
+    where = backends.serving(settings.backend, to or home, dtype)
+
+    def once(make: Callable[..., Any], name: str, value: Any, *of: Any) -> Any:
+        key = (make, id(value), *map(id, of), net.n_in, net.n_out, dtype, home, net.flattens, to)
+        if key not in made:
+            made[key] = make(name, value, *of, net, to)
+        return made[key]
+
+    inputs = once(_inputs, "x", x)
+    target, _ = once(_target, "y", y, inputs)
+    phases = schedule.phases(net.widths)
+    if not any(net.trainable[layer] for phase in phases for layer in phase.order):
+        raise ValueError("model: no layer has parameters that require gradients, so nothing can be trained")
+    if any(phase.autoencodes for phase in phases):
         if target is not None and not (target.shape == inputs.shape and bool((target == inputs).all())):
             raise ValueError("y: StackedAutoencoder's target is x itself; expected None or x, got other values")
         target = None
@@ -152,22 +202,24 @@ def fit(
     if validation is not None:
         if not isinstance(validation, tuple | list) or len(validation) != 2:
             raise TypeError("validation: expected a pair (x, y)")
-        x_held_out = _inputs("validation[0]", validation[0], net, to)
-        y_held_out, classes = _target("validation[1]", validation[1], x_held_out, net, to)
-        held_out = (x_held_out, _as_float(x_held_out, net) if y_held_out is None else y_held_out, classes)
+        x_held_out = once(_inputs, "validation[0]", validation[0])
+        y_held_out, classes = once(_target, "validation[1]", validation[1], x_held_out)
+        if y_held_out is None:
+            y_held_out = once(_as_target, "validation[1]", x_held_out)
+        held_out = (x_held_out, y_held_out, classes)
     file = None
     if checkpoint is not None:
         effective = precision or torch.get_float32_matmul_precision()
         file = checkpoints.File(checkpoint, _fingerprint(settings, effective, net, inputs, target))
-    if to is not None:
-        model.to(to)
-        net = network.from_module(model, loss)
-    with _precision(precision), torch.no_grad():
-        trainer = Trainer(net, inputs, _as_float(inputs, net) if target is None else target, settings, held_out)
-        return trainer.run([*callbacks, *([_print_round] if progress else [])], file)
+        file.read(torch.device("cpu"))
+    printing = [functools.partial(_print_round, label=label)] if progress else []
+    if target is None:
+        target = once(_as_target, "y", inputs)
+    return Run(model, net, to, where, inputs, target, settings, held_out, [*callbacks, *printing], file, precision)
 
 
-def _as_float(x: Tensor, net: Network) -> Tensor:
+def _as_target(_: str, x: Tensor, net: Network, __: torch.device | None) -> Tensor:
+    """An autoencoder's target: x, of the model's dtype."""
     return x.to(net.layers[0].weight.dtype)
 
 
@@ -334,20 +386,8 @@ def _fingerprint(settings: Settings, precision: str, net: Network, x: Tensor, ta
     }
 
 
-@contextlib.contextmanager
-def _precision(wanted: str | None) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    if wanted is None:
-        yield
-        return
-    torch.set_float32_matmul_precision(wanted)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _print_round(history: History) -> None:
+def _print_round(history: History, label: str) -> None:
     last = history.rounds[-1]
     metrics = "".join(f"  validation {name} {value:.4f}" for name, value in last.metrics.items())
-    print(f"round {last.round + 1}  loss {last.loss:.6f}{metrics}  {last.seconds:.2f} s", file=sys.stderr, flush=True)
+    line = f"{label}round {last.round + 1}  loss {last.loss:.6f}{metrics}  {last.seconds:.2f} s\n"
+    print(line, end="", file=sys.stderr, flush=True)  # as one text, which no other thread's line comes into
