@@ -114,7 +114,7 @@ class _SideBySide:
     def __init__(self, runs: list[Run]) -> None:
         self.runs = runs
         self.errors: dict[int, Exception] = {}
-        self.stop = threading.Event()
+        self.begin, self.stop = threading.Event(), threading.Event()
         self.interruption: BaseException | None = None
         self.threads = torch.get_num_threads()
         self.inference = torch.is_inference_mode_enabled()
@@ -136,10 +136,12 @@ class _SideBySide:
             try:
                 jobs = [pool.submit(self._work, members, self.threads, _stream(device)) for device, members in joint.items()]
                 jobs += [pool.submit(self._work, [i], self.threads // at_a_time, None) for i in single]
+                self.begin.set()
                 for job in jobs:
                     job.result()
             except BaseException:
                 self.stop.set()
+                self.begin.set()
                 raise
         if self.interruption is not None:
             raise self.interruption
@@ -150,6 +152,8 @@ class _SideBySide:
 
     def _work(self, members: list[int], threads: int, stream: torch.cuda.Stream | None) -> None:
         """Train these models in this thread, as if it were the caller's."""
+        # Interrupted while it starts threads, the pool may lose sight of one; that one must not train.
+        self.begin.wait()
         torch.set_num_threads(threads)
         try:
             with torch.cuda.stream(stream), torch.inference_mode(self.inference), torch.no_grad():

@@ -236,12 +236,12 @@ class Trainer:
 
     def _record(self, at: checkpoint.Position, turns: list[_Turn], norms: Tensor, seconds: float) -> None:
         losses = torch.cat([turn.losses for turn in turns]).cpu()
-        rates = torch.stack([turn.lr for turn in turns]).cpu()
-        start = 0
-        for turn, lr in zip(turns, rates.tolist(), strict=True):
+        rates = torch.stack([turn.lr for turn in turns]).tolist()
+        every_norm, start = norms.tolist(), 0
+        for turn, lr in zip(turns, rates, strict=True):
             part = slice(start, start + len(turn.norms))
             start = part.stop
-            skipped = int((norms[part] == 0).sum())
+            skipped = every_norm[part].count(0)
             weight, bias, _ = self.network.layers[turn.layer]
             width = weight.numel() + (0 if bias is None else bias.numel())
             self.weights_updated += width * (len(turn.norms) - skipped)
@@ -256,8 +256,8 @@ class Trainer:
                     skipped=skipped,
                     loss=float(losses[part].mean()),
                     norm_mean=float(norms[part].mean()),
-                    norm_min=float(norms[part].min()),
-                    norm_max=float(norms[part].max()),
+                    norm_min=min(every_norm[part]),
+                    norm_max=max(every_norm[part]),
                     weights_updated=self.weights_updated,
                     seconds=turn.seconds(),
                 )
