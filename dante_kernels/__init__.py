@@ -2,18 +2,20 @@
 
 from . import ops
 from .activations import Activation, GeneralizedReLU
-from .training import Alternating, History, NonFiniteError, RoundRobin, StackedAutoencoder, fit
+from .training import Alternating, FitManyError, History, NonFiniteError, RoundRobin, StackedAutoencoder, fit, fit_many
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Activation",
     "Alternating",
+    "FitManyError",
     "GeneralizedReLU",
     "History",
     "NonFiniteError",
     "RoundRobin",
     "StackedAutoencoder",
     "fit",
+    "fit_many",
     "ops",
 ]

@@ -117,8 +117,8 @@ def _choose(backend: str, device: torch.device, dtype: torch.dtype, asked: str) 
     return backend
 
 
-def choose(backend: str, weight: Tensor) -> Any:
-    """The backend that serves a call on `weight`.
+def serving(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that serves calls on weights of this device and dtype.
 
     ``"auto"`` takes the environment variable DANTE_BACKEND where it is set; else the fastest backend for the weight's
     device, stepping down to the reference with one logged reason.
@@ -129,7 +129,16 @@ def choose(backend: str, weight: Tensor) -> Any:
     asked = "backend"
     if backend == "auto":
         backend, asked = os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE
-    name = _choose(backend, weight.device, weight.dtype, asked)
+    return _choose(backend, device, dtype, asked)
+
+
+def choose(backend: str, weight: Tensor) -> Any:
+    """The backend that serves a call on `weight`; see `serving`."""
+    return module(serving(backend, weight.device, weight.dtype))
+
+
+def module(name: str) -> Any:
+    """The backend of this name, one that `serving` gave."""
     if name == "reference":
         return _Reference
     return _load_cpp()[0] if name == "cpp" else _load_triton()[0]

@@ -6,9 +6,10 @@ values on a GPU, so no check waits for the device.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,16 @@ from torch import Tensor
 from ..activations import Activation
 
 WEIGHT_DTYPES = (torch.float32, torch.float64)
+
+
+@contextlib.contextmanager
+def among(name: str, index: int) -> Iterator[None]:
+    """Let the errors of a check begin with ``name[index]``."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        error.args = (f"{name}[{index}]: {error}",)
+        raise
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import backends, checks
 
@@ -18,6 +19,17 @@ LIBRARY = torch.library.Library("dante", "DEF")
 PROBLEM = "Tensor[] suffix_weights, Tensor?[] suffix_biases, float[] activations, int loss"
 UPDATE = "Tensor lr, Tensor(c!)? velocity_weight=None, Tensor(d!)? velocity_bias=None, float momentum=0.0, bool nesterov=False"
 SCALE = "float x_scale=1.0"
+
+
+def written(overload: Any) -> dict[int, str]:
+    """The places and names of the arguments that a call of this overload changes."""
+    arguments = enumerate(overload._schema.arguments)
+    return {i: a.name for i, a in arguments if a.alias_info is not None and a.alias_info.is_write}
+
+
+def count_up(changed: Iterable[Tensor | None]) -> None:
+    """Kernels write behind autograd's back; with the version counted up, a graph that needs the old values says so."""
+    torch.autograd.graph.increment_version([t for t in changed if t is not None and not t.is_inference()])
 
 
 def register(
@@ -33,7 +45,7 @@ def register(
     overload = getattr(torch.ops.dante, name).default
     positional = [argument for argument in overload._schema.arguments if not argument.kwarg_only]
     weight = next(i for i, argument in enumerate(positional) if argument.name == "weight")
-    written = [i for i, a in enumerate(positional) if a.alias_info is not None and a.alias_info.is_write]
+    changed = written(overload)
 
     def complete(args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The dispatcher leaves off trailing arguments that have their default."""
@@ -42,12 +54,10 @@ def register(
     def implementation(*args: Any, backend: str = "auto") -> Any:
         args = complete(args)
         check(*args)
-        mutated = [args[i] for i in written if args[i] is not None]
-        checks.no_aliases({positional[i].name: args[i] for i in written}, args)
+        checks.no_aliases({name: args[i] for i, name in changed.items()}, args)
         with torch.no_grad():
             result = getattr(backends.choose(backend, args[weight]), name)(*args)
-        # Kernels write behind autograd's back; with the version counted up, a graph that needs the old values says so.
-        torch.autograd.graph.increment_version([tensor for tensor in mutated if not tensor.is_inference()])
+        count_up(args[i] for i in changed)
         return result
 
     def checked_fake(*args: Any, backend: str = "auto") -> Any:

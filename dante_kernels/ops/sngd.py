@@ -20,7 +20,8 @@ def _check_step(*args: Any) -> None:
     checks.update(*problem[:2], *update)
 
 
-def _check_epoch(*args: Any) -> None:
+def check_epoch(*args: Any) -> None:
+    """What the operator checks of its arguments, which come in the order of its schema."""
     layer_and_data, (order, batch_size), rest = args[:4], args[4:6], args[6:]
     _check_step(*layer_and_data, *rest)
     checks.batches(order, batch_size, layer_and_data[2])
@@ -46,11 +47,11 @@ _step = registration.register(
     _check_step,
     _fake_step,
 )
-_epoch = registration.register(
+epoch = registration.register(
     "sngd_epoch_",
     f"{_DATA}, Tensor? order, int batch_size, {registration.PROBLEM}, {registration.UPDATE}, {registration.SCALE}",
     "(Tensor, Tensor)",
-    _check_epoch,
+    check_epoch,
     _fake_epoch,
 )
 
@@ -68,6 +69,31 @@ def _update(
     if not isinstance(lr, Tensor):
         lr = torch.full((), checks.finite("lr", lr), dtype=weight.dtype, device=weight.device)
     return lr, velocity_weight, velocity_bias, momentum, bool(nesterov)
+
+
+def epoch_arguments(
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    target: Tensor,
+    order: Tensor | None,
+    batch_size: int,
+    suffix: Sequence[Layer],
+    activation: Activation | str | nn.Module,
+    loss: str,
+    lr: float | Tensor,
+    velocity_weight: Tensor | None = None,
+    velocity_bias: Tensor | None = None,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    x_scale: float = 1.0,
+) -> tuple[Any, ...]:
+    """The arguments of `sngd_epoch_` in the order of the schema, without the backend."""
+    tensors = {"weight": weight, "x": x, "target": target}
+    checks.argument_types(tensors, {"bias": bias, "order": order}, {}, {"batch_size": batch_size})
+    update = _update(lr, weight, velocity_weight, velocity_bias, momentum, nesterov)
+    problem = (weight, bias, x, target, order, batch_size, *flatten(suffix, activation), losses.code(loss))
+    return *problem, *update, checks.number("x_scale", x_scale)
 
 
 def sngd_step_(
@@ -173,11 +199,9 @@ def sngd_epoch_(
 
     Source: Algorithm 1 of the 2020 DANTE paper, inside Algorithm 2.
     """
-    tensors = {"weight": weight, "x": x, "target": target}
-    checks.argument_types(tensors, {"bias": bias, "order": order}, {}, {"batch_size": batch_size})
     with torch.no_grad():
-        return _epoch(
-            weight, bias, x, target, order, batch_size, *flatten(suffix, activation), losses.code(loss),
-            *_update(lr, weight, velocity_weight, velocity_bias, momentum, nesterov), checks.number("x_scale", x_scale),
-            backend=checks.backend_name(backend),
+        arguments = epoch_arguments(
+            weight, bias, x, target, order, batch_size, suffix, activation, loss, lr, velocity_weight, velocity_bias, momentum,
+            nesterov, x_scale,
         )  # fmt: skip
+        return epoch(*arguments, backend=checks.backend_name(backend))

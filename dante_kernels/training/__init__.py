@@ -2,12 +2,14 @@
 
 from .fit import fit
 from .history import BlockRecord, History, RoundRecord
+from .many import FitManyError, fit_many
 from .schedules import Alternating, RoundRobin, Schedule, StackedAutoencoder
 from .trainer import NonFiniteError
 
 __all__ = [
     "Alternating",
     "BlockRecord",
+    "FitManyError",
     "History",
     "NonFiniteError",
     "RoundRecord",
@@ -15,4 +17,5 @@ __all__ = [
     "Schedule",
     "StackedAutoencoder",
     "fit",
+    "fit_many",
 ]

@@ -58,11 +58,11 @@ class File:
         if self.path.is_dir():
             raise IsADirectoryError(f"checkpoint: expected a file, got the folder {str(self.path)!r}")
 
-    def load(self, trainer: Resumable) -> Position | None:
-        """Put the trainer where the file left off; None where there is no file yet.
+    def read(self, device: torch.device) -> dict[str, Any] | None:
+        """What the file holds, its tensors on the device; None where there is no file yet.
 
         Raises:
-            ValueError: where the file is not a checkpoint of this run. Nothing is changed then.
+            ValueError: where the file is not a checkpoint of this run.
         """
         if not self.path.exists():
             return None
@@ -70,7 +70,7 @@ class File:
         digest, rest = content[len(MAGIC) : len(MAGIC) + 32], content[len(MAGIC) + 32 :]
         if not content.startswith(MAGIC) or hashlib.sha256(rest).digest() != digest:
             raise ValueError(f"checkpoint: {str(self.path)!r} is not a readable checkpoint: it is damaged, or something else")
-        saved = torch.load(io.BytesIO(rest), map_location=trainer.device, weights_only=True)
+        saved: dict[str, Any] = torch.load(io.BytesIO(rest), map_location=device, weights_only=True)
         theirs = saved["fingerprint"]
         if theirs != self.fingerprint:
             names = [name for name in self.fingerprint if theirs.get(name) != self.fingerprint[name]]
@@ -78,6 +78,13 @@ class File:
                 f"checkpoint: {str(self.path)!r} belongs to another run, which differs in {', '.join(names)}; "
                 "give another file, or remove it to start anew"
             )
+        return saved
+
+    def load(self, trainer: Resumable) -> Position | None:
+        """Put the trainer where the file left off, if there is one; see `read`."""
+        saved = self.read(trainer.device)
+        if saved is None:
+            return None
         saved["state"]["generator"] = saved["state"]["generator"].cpu()
         trainer.restore(saved["state"])
         trainer.history = History.from_dict(saved["history"])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import numbers
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +15,14 @@ from torch import Tensor, nn
 
 from .. import losses, network, reference
 from ..network import Network
+from ..ops import backends
 from ..ops.checks import backend_name, number, scale
 from . import checkpoint as checkpoints
 from .history import History
 from .problem import FORWARD_ROWS
+from .run import Run
 from .schedules import RoundRobin, Schedule
-from .trainer import Callback, LearningRate, Settings, Trainer
+from .trainer import Callback, LearningRate, Settings
 
 DIRECTIONS = ("sngd", "nesterov")
 LR_SCHEDULES = ("constant", "cosine")
@@ -116,6 +117,43 @@ def fit(
     >>> round(model[0].weight.item(), 3)
     3.0
     """
+    return prepare(**locals(), made={}, label="").alone()
+
+
+def prepare(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    *,
+    loss: str,
+    schedule: Schedule | None,
+    lr: LearningRate,
+    relative_lr: bool,
+    lr_schedule: str | Callable[[int, int], float],
+    batch_size: int,
+    momentum: float,
+    reset_momentum: bool,
+    direction: str,
+    shuffle: bool,
+    validation: tuple[Any, Any] | None,
+    seed: int | None,
+    device: torch.device | str | None,
+    precision: str | None,
+    backend: str,
+    callbacks: Sequence[Callback],
+    progress: bool,
+    checkpoint: str | os.PathLike[str] | None,
+    stop_epsilon: float | None,
+    prefix_budget: int,
+    x_scale: float | None,
+    made: dict[Any, Any],
+    label: str,
+) -> Run:
+    """Check all of `fit`'s arguments without changing anything.
+
+    `made` keeps what was made of x, y and validation, for the next model that is given the same; `label` stands before
+    each line of progress.
+    """
     losses.code(loss)
     schedule = RoundRobin() if schedule is None else schedule
     if not isinstance(schedule, Schedule):
@@ -150,10 +188,23 @@ def fit(
         raise TypeError(f"checkpoint: expected a path, got {type(checkpoint).__name__}")
     if not isinstance(shuffle, bool):
         raise TypeError(f"shuffle: expected True or False, got {shuffle!r}")
-    inputs = _inputs("x", x, x_scale, net, to)
-    as_target = functools.partial(reference.widened, dtype=net.layers[0].weight.dtype, x_scale=settings.x_scale)
-    target, _ = _target("y", y, inputs, net, to)
-    if any(phase.autoencodes for phase in schedule.phases(net.widths)):
+    home, dtype = net.layers[0].weight.device, net.layers[0].weight.dtype
+    where = backends.serving(settings.backend, to or home, dtype)
+
+    def once(what: str, make: Callable[[], Any], *of: Any) -> Any:
+        """What `make` makes of these, the same for every model that would have the same."""
+        key = (what, *map(id, of), net.n_in, net.n_out, dtype, home, net.flattens, settings.x_scale, to)
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    as_target = functools.partial(reference.widened, dtype=dtype, x_scale=settings.x_scale)
+    inputs = once("inputs", lambda: _inputs("x", x, x_scale, net, to), x)
+    target, _ = once("target", lambda: _target("y", y, inputs, net, to), y, inputs)
+    phases = schedule.phases(net.widths)
+    if not any(net.trainable[layer] for phase in phases for layer in phase.order):
+        raise ValueError("model: no layer has parameters that require gradients, so nothing can be trained")
+    if any(phase.autoencodes for phase in phases):
         if target is not None and not (target.shape == inputs.shape and bool((target == as_target(inputs)).all())):
             raise ValueError("y: StackedAutoencoder's target is x itself; expected None or x, got other values")
         target = None
@@ -161,19 +212,23 @@ def fit(
     if validation is not None:
         if not isinstance(validation, tuple | list) or len(validation) != 2:
             raise TypeError("validation: expected a pair (x, y)")
-        x_held_out = _inputs("validation[0]", validation[0], x_scale, net, to)
-        y_held_out, classes = _target("validation[1]", validation[1], x_held_out, net, to)
-        held_out = (x_held_out, as_target(x_held_out) if y_held_out is None else y_held_out, classes)
+        x_given, y_given = validation
+        x_held_out = once("inputs", lambda: _inputs("validation[0]", x_given, x_scale, net, to), x_given)
+        y_held_out, classes = once(
+            "target", lambda: _target("validation[1]", y_given, x_held_out, net, to), y_given, x_held_out
+        )
+        if y_held_out is None:
+            y_held_out = once("x as target", lambda: as_target(x_held_out), x_held_out)
+        held_out = (x_held_out, y_held_out, classes)
     file = None
     if checkpoint is not None:
         effective = precision or torch.get_float32_matmul_precision()
         file = checkpoints.File(checkpoint, _fingerprint(settings, effective, net, inputs, target))
-    if to is not None:
-        model.to(to)
-        net = network.from_module(model, loss)
-    with _precision(precision), torch.no_grad():
-        trainer = Trainer(net, inputs, as_target(inputs) if target is None else target, settings, held_out)
-        return trainer.run([*callbacks, *([_print_round] if progress else [])], file)
+        file.read(torch.device("cpu"))
+    printing = [functools.partial(_print_round, label=label)] if progress else []
+    if target is None:
+        target = once("x as target", lambda: as_target(inputs), inputs)
+    return Run(model, net, to, where, inputs, target, settings, held_out, [*callbacks, *printing], file, precision)
 
 
 def _rates(lr: LearningRate, lr_schedule: str | Callable[[int, int], float], rounds: int, layers: int) -> list[list[float]]:
@@ -344,20 +399,8 @@ def _fingerprint(settings: Settings, precision: str, net: Network, x: Tensor, ta
     }
 
 
-@contextlib.contextmanager
-def _precision(wanted: str | None) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    if wanted is None:
-        yield
-        return
-    torch.set_float32_matmul_precision(wanted)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _print_round(history: History) -> None:
+def _print_round(history: History, label: str) -> None:
     last = history.rounds[-1]
     metrics = "".join(f"  validation {name} {value:.4f}" for name, value in last.metrics.items())
-    print(f"round {last.round + 1}  loss {last.loss:.6f}{metrics}  {last.seconds:.2f} s", file=sys.stderr, flush=True)
+    line = f"{label}round {last.round + 1}  loss {last.loss:.6f}{metrics}  {last.seconds:.2f} s\n"
+    print(line, end="", file=sys.stderr, flush=True)  # as one text, which no other thread's line comes into

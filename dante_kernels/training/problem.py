@@ -13,6 +13,7 @@ from ..ops import Layer
 
 Rows = Tensor | slice
 FORWARD_ROWS = 8192  # rows that go through a chain of layers at once, so that its inner activations stay small
+SERIAL = 2**15 - 1  # elements that torch adds up on the CPU in an order that does not depend on the number of threads
 
 
 def scale_of(x: Tensor, x_scale: float) -> float:
@@ -50,7 +51,9 @@ def evaluate(
         h = forward(layers, x[start : start + FORWARD_ROWS], backend, x_scale)
         t = target[start : start + FORWARD_ROWS]
         values = losses.as_values(t, h.shape[1], h.dtype)
-        total += losses.value(code, h, values) * h.shape[0]
+        at_once = h.shape[0] if h.is_cuda else max(1, SERIAL // h.shape[1])
+        for part, wanted in zip(h.split(at_once), values.split(at_once), strict=True):
+            total += losses.value(code, part, wanted) * part.shape[0]
         if h.shape[1] == 1:
             middle = 0.0 if loss == "binary_cross_entropy" else 0.5
             correct += ((h > middle) == (values > 0.5)).sum()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..network import Network
+from ..ops import Layer
 from . import checkpoint, finetune
 from .history import BlockRecord, History, RoundRecord
 from .problem import Problem, RowStream, evaluate, scale_of
@@ -19,6 +19,11 @@ from .schedules import Phase, Schedule
 
 LearningRate = float | Sequence[float] | Callable[[int], float | Sequence[float]]
 Callback = Callable[[History], Any]
+
+# Training that leaves its passes to whoever drives it. It yields the arguments of `ops.sngd_epoch_` by name, and is sent the
+# result; None, and is sent None, before each block and each epoch of fine-tuning, where it may be left off.
+T = TypeVar("T")
+Passes = Generator[dict[str, Any] | None, Any, T]
 
 
 class NonFiniteError(FloatingPointError):
@@ -120,12 +125,10 @@ class Trainer:
         ]
         self.weights_updated = 0
 
-    def run(self, callbacks: Sequence[Callback], checkpoint_file: checkpoint.File | None) -> History:
+    def run(self, callbacks: Sequence[Callback], checkpoint_file: checkpoint.File | None) -> Passes[History]:
         """Train until the rounds are done, the objective stands still, or a callback returns True."""
         schedule = self.settings.schedule
         phases = schedule.phases(self.network.widths)
-        if not any(self.network.trainable[layer] for phase in phases for layer in phase.order):
-            raise ValueError("model: no layer has parameters that require gradients, so nothing can be trained")
         at = checkpoint.Position()
         if checkpoint_file is not None:
             at = checkpoint_file.load(self) or at
@@ -133,10 +136,11 @@ class Trainer:
             if at.phase == len(phases):
                 if at.round == schedule.finetune_epochs:
                     break
+                yield None
                 self._finetune_epoch(at.round)
                 at.round += 1
             else:
-                at = self._next_round(phases, at)
+                at = yield from self._next_round(phases, at)
                 if not at.trained:
                     continue
             stop = False
@@ -149,7 +153,7 @@ class Trainer:
                 break
         return self.history
 
-    def _next_round(self, phases: list[Phase], at: checkpoint.Position) -> checkpoint.Position:
+    def _next_round(self, phases: list[Phase], at: checkpoint.Position) -> Passes[checkpoint.Position]:
         """Train one round, record it, and say where training goes on."""
         phase = phases[at.phase]
         if not any(self.network.trainable[layer] for layer in phase.order):
@@ -164,12 +168,12 @@ class Trainer:
         if self.settings.stop_epsilon is not None and at.objective is None:
             at.objective = self._objective(phase, at.problem)
         before = self.state()
-        turns = self._run_round(phase, at.problem, rates)
+        turns = yield from self._run_round(phase, at.problem, rates)
         seconds = stop()
         norms = torch.cat([turn.norms for turn in turns]).cpu()
         bad = (~torch.isfinite(norms)).nonzero()
         if len(bad):
-            self._raise_non_finite(before, phase, at, rates, turns, int(bad[0]), float(norms[bad[0]]))
+            yield from self._raise_non_finite(before, phase, at, rates, turns, int(bad[0]), float(norms[bad[0]]))
         self._record(at, turns, norms, seconds())
         at.round += 1
         self.history.stopped_by = "rounds"
@@ -185,7 +189,7 @@ class Trainer:
 
     def _run_round(
         self, phase: Phase, problem: Problem, rates: list[float], until: tuple[int, int] | None = None
-    ) -> list[_Turn]:
+    ) -> Passes[list[_Turn]]:
         """All turns of a round; with `until` (turn, steps) only those before that turn and that many steps of it."""
         steps_per_pass = -(-self.x.shape[0] // self.settings.batch_size)
         turns: list[_Turn] = []
@@ -195,13 +199,14 @@ class Trainer:
                     continue
                 if until is not None and len(turns) == until[0]:
                     if until[1]:
-                        self._run_block(phase, problem, layer, until[1], rates[layer], steps >= steps_per_pass)
+                        yield from self._run_block(phase, problem, layer, until[1], rates[layer], steps >= steps_per_pass)
                     return turns
-                turns.append(self._run_block(phase, problem, layer, steps, rates[layer], steps >= steps_per_pass))
+                turns.append((yield from self._run_block(phase, problem, layer, steps, rates[layer], steps >= steps_per_pass)))
         return turns
 
-    def _run_block(self, phase: Phase, problem: Problem, layer: int, steps: int, rate: float, keep: bool) -> _Turn:
+    def _run_block(self, phase: Phase, problem: Problem, layer: int, steps: int, rate: float, keep: bool) -> Passes[_Turn]:
         """`steps` mini-batches of SNGD on one layer; `keep` says that the block sees every row."""
+        yield None
         settings, layers = self.settings, self.network.layers
         stop = _stopwatch(self.device)
         place = phase.chain.index(layer)
@@ -220,27 +225,27 @@ class Trainer:
         kept = problem.behind(prefix) if keep and prefix else None
         if kept is not None:
             problem, prefix = kept, []
-        results = [
-            ops.sngd_epoch_(
-                weight, bias, x, target, order, settings.batch_size, suffix, activation, settings.loss, lr,
-                velocity_weight=velocity_weight, velocity_bias=velocity_bias,
-                momentum=settings.momentum, nesterov=settings.nesterov, x_scale=scale_of(x, settings.x_scale),
-                backend=settings.backend,
-            )
-            for rows in self.streams[layer].take(steps)
-            for x, target, order in problem.pieces(rows, prefix, settings.batch_size)
-        ]  # fmt: skip
+        arguments = {
+            "weight": weight, "bias": bias, "batch_size": settings.batch_size, "suffix": suffix, "activation": activation,
+            "loss": settings.loss, "lr": lr, "velocity_weight": velocity_weight, "velocity_bias": velocity_bias,
+            "momentum": settings.momentum, "nesterov": settings.nesterov, "backend": settings.backend,
+        }  # fmt: skip
+        results = []
+        for rows in self.streams[layer].take(steps):
+            for piece in problem.pieces(rows, prefix, settings.batch_size):
+                scale = {"x_scale": scale_of(piece.x, settings.x_scale)}
+                results.append((yield arguments | piece._asdict() | scale))
         losses, norms = (torch.cat(part) for part in zip(*results, strict=True))
         return _Turn(layer, lr, losses, norms, stop())
 
     def _record(self, at: checkpoint.Position, turns: list[_Turn], norms: Tensor, seconds: float) -> None:
         losses = torch.cat([turn.losses for turn in turns]).cpu()
-        rates = torch.stack([turn.lr for turn in turns]).cpu()
-        start = 0
-        for turn, lr in zip(turns, rates.tolist(), strict=True):
+        rates = torch.stack([turn.lr for turn in turns]).tolist()
+        every_norm, start = norms.tolist(), 0
+        for turn, lr in zip(turns, rates, strict=True):
             part = slice(start, start + len(turn.norms))
             start = part.stop
-            skipped = int((norms[part] == 0).sum())
+            skipped = every_norm[part].count(0)
             weight, bias, _ = self.network.layers[turn.layer]
             width = weight.numel() + (0 if bias is None else bias.numel())
             self.weights_updated += width * (len(turn.norms) - skipped)
@@ -255,8 +260,8 @@ class Trainer:
                     skipped=skipped,
                     loss=float(losses[part].mean()),
                     norm_mean=float(norms[part].mean()),
-                    norm_min=float(norms[part].min()),
-                    norm_max=float(norms[part].max()),
+                    norm_min=min(every_norm[part]),
+                    norm_max=max(every_norm[part]),
                     weights_updated=self.weights_updated,
                     seconds=turn.seconds(),
                 )
@@ -274,7 +279,7 @@ class Trainer:
         record = RoundRecord(phase, len(self.history.rounds), loss, None, metrics, steps, self.weights_updated, seconds)
         self.history.rounds.append(record)
 
-    def _evaluate(self, chain: Sequence[ops.Layer], x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, chain: Sequence[Layer], x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return evaluate(chain, x, target, self.settings.loss, self.settings.backend, self.settings.x_scale)
 
     def _objective(self, phase: Phase, problem: Problem) -> float:
@@ -321,7 +326,7 @@ class Trainer:
         turns: list[_Turn],
         step: int,
         norm: float,
-    ) -> NoReturn:
+    ) -> Passes[NoReturn]:
         """Go back to the weights before the first step that was not finite, and say where that was."""
         index = 0
         while step >= len(turns[index].norms):
@@ -329,7 +334,7 @@ class Trainer:
             index += 1
         self.restore(before)
         assert at.problem is not None
-        self._run_round(phase, at.problem, rates, until=(index, step))
+        yield from self._run_round(phase, at.problem, rates, until=(index, step))
         layer = turns[index].layer
         raise NonFiniteError(
             f"layer {layer} ({self.network.names[layer]!r}), round {len(self.history.rounds)}, step {step} of its block "

@@ -1,0 +1,71 @@
+"""`sngd_epochs_`: passes over layers that do not depend on each other, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, registration
+from .sngd import check_epoch, epoch, epoch_arguments
+
+_WRITTEN = registration.written(epoch)
+
+
+def _kind(value: Any) -> Any:
+    """What must be equal for two calls to share a launch: of tensors the layout, of all else the value."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return tuple(map(_kind, value)) if isinstance(value, list) else value
+
+
+def sngd_epochs_(calls: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+    """A pass of `sngd_epoch_` over each of several layers that do not depend on each other, without waiting for the device.
+
+    Equal, bit for bit, to calling `sngd_epoch_` with each in turn. Calls of one kind, which have the same shapes, strides,
+    dtypes, device, mini-batch, activations, loss and momentum, go to the backend together where it has a kernel for that;
+    else they run one after the other. Only tensors' values, lr's among them, may differ then.
+
+    Args:
+        calls: for each layer the arguments of `sngd_epoch_` by name. Weights, biases and velocities are **mutated**; they
+            must not share memory with any argument of another call. Other tensors may be shared.
+
+    Returns:
+        (losses, norms) of each call, in order.
+
+    Raises:
+        ValueError, TypeError: naming the call, such as ``calls[2]``, and what `sngd_epoch_` would say of it. Nothing is
+        changed then.
+
+    >>> x, y = torch.tensor([[3.0, 4.0]]), torch.tensor([[6.5]])
+    >>> weights = [torch.tensor([[1.0, 1.0]]) for _ in range(2)]
+    >>> common = dict(bias=None, x=x, target=y, order=None, batch_size=1, suffix=[], activation="identity", loss="mse")
+    >>> results = sngd_epochs_([dict(common, weight=w, lr=lr) for w, lr in zip(weights, (0.5, 1.0))])
+    >>> weights
+    [tensor([[0.7000, 0.6000]]), tensor([[0.4000, 0.2000]])]
+    """
+    with torch.no_grad():
+        flat: list[tuple[Any, ...]] = []
+        changed: dict[str, Tensor | None] = {}
+        groups: dict[Any, list[int]] = {}
+        for i, call in enumerate(calls):
+            with checks.among("calls", i):
+                rest = dict(call)
+                backend = checks.backend_name(rest.pop("backend", "auto"))
+                arguments = epoch_arguments(**rest)
+                check_epoch(*arguments)
+                served_by = backends.serving(backend, arguments[0].device, arguments[0].dtype)
+            flat.append(arguments)
+            changed.update({f"calls[{i}] {name}": arguments[place] for place, name in _WRITTEN.items()})
+            groups.setdefault((served_by, *map(_kind, arguments)), []).append(i)
+        checks.no_aliases(changed, tuple(value for arguments in flat for value in arguments))
+        results: dict[int, tuple[Tensor, Tensor]] = {}
+        for (served_by, *_), members in groups.items():
+            serving, group = backends.module(served_by), [flat[i] for i in members]
+            together = getattr(serving, "sngd_epochs_", None) if len(group) > 1 else None
+            done = [serving.sngd_epoch_(*one) for one in group] if together is None else together(group)
+            results.update(zip(members, done, strict=True))
+        registration.count_up(changed.values())
+    return [results[i] for i in range(len(flat))]
