@@ -63,9 +63,9 @@ def persistent(
     program passes the last barrier before it stores to them again.
 
     With `schedule` (steps, 4) int64 a step's row holds (first position, number of rows, active layer, block): both layers
-    take their turns, each block with a rate of its own, lr[block], times the layer's Frobenius norm at the block's start
-    where RELATIVE, and from zero velocity where RESET. With `offsets` (models, POINTERS) int64 the first POINTERS pointers
-    of each model lie that many elements after those of the call.
+    take their turns, each block with its rate lr[block], which is first multiplied, in memory too, by the layer's Frobenius
+    norm at the block's start where RELATIVE, and from zero velocity where RESET. With `offsets` (models, POINTERS) int64
+    the first POINTERS pointers of each model lie that many elements after those of the call.
 
     x, target, order, strides, the loss and bad rows as in `layers.product`; for the cross-entropy the last layer must lie
     whole in every program that computes it (SPLIT_OUT = 1 without a next layer; n_next <= BLOCK_NEXT). Loss and norm of
@@ -188,6 +188,8 @@ def persistent(
                         p_own = p_sums + 4 * PROGRAMS + every
                         squares = tl.sum(tl.load(p_own, mask=m_every, other=0.0, cache_modifier=".cg"), axis=0)
                     lr *= tl.sqrt_rn(squares)
+                    if program == 0:
+                        tl.store(p_lr + block, lr)
                 if RESET:
                     v = tl.where(layer == 0, 0.0, v)
                     v_bias = tl.where(layer == 0, 0.0, v_bias)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..network import Network
 from ..ops import Layer
+from ..ops.blocks import Block, Velocity, block_launcher, sngd_blocks_
 from . import checkpoint, finetune
 from .history import BlockRecord, History, RoundRecord
 from .problem import Problem, RowStream, evaluate, scale_of
@@ -192,17 +193,50 @@ class Trainer:
     ) -> Passes[list[_Turn]]:
         """All turns of a round; with `until` (turn, steps) only those before that turn and that many steps of it."""
         steps_per_pass = -(-self.x.shape[0] // self.settings.batch_size)
-        turns: list[_Turn] = []
-        for steps in self.settings.schedule.blocks(steps_per_pass):
-            for layer in phase.order:
-                if not self.network.trainable[layer]:
-                    continue
-                if until is not None and len(turns) == until[0]:
-                    if until[1]:
-                        yield from self._run_block(phase, problem, layer, until[1], rates[layer], steps >= steps_per_pass)
-                    return turns
-                turns.append((yield from self._run_block(phase, problem, layer, steps, rates[layer], steps >= steps_per_pass)))
-        return turns
+        lengths = self.settings.schedule.blocks(steps_per_pass)
+        turns = [(layer, steps, steps) for steps in lengths for layer in phase.order if self.network.trainable[layer]]
+        launcher = self._block_launcher(phase, problem, sum(lengths) / len(lengths))
+        if until is not None:
+            turns = [*turns[: until[0]], *([(turns[until[0]][0], until[1], turns[until[0]][1])] if until[1] else [])]
+        if launcher is not None and turns:
+            yield None
+            return self._run_blocks_at_once(launcher, phase, problem, rates, [(layer, steps) for layer, steps, _ in turns])
+        done = []
+        for layer, steps, whole in turns:
+            done.append((yield from self._run_block(phase, problem, layer, steps, rates[layer], whole >= steps_per_pass)))
+        return done
+
+    def _block_launcher(self, phase: Phase, problem: Problem, steps: float) -> Any:
+        """What runs all blocks of a round in one launch; None where that cannot be, or is slower."""
+        settings, layers = self.settings, [self.network.layers[i] for i in phase.chain]
+        if problem.encoder or len(layers) != 2 or not all(self.network.trainable[i] for i in phase.chain):
+            return None
+        return block_launcher(
+            layers, problem.x, settings.batch_size, settings.loss, settings.momentum > 0, steps, settings.backend
+        )
+
+    def _run_blocks_at_once(
+        self, launcher: Any, phase: Phase, problem: Problem, rates: list[float], turns: list[tuple[int, int]]
+    ) -> list[_Turn]:
+        """Blocks of (layer, steps) in one launch; each takes its part, by its steps, of the launch's seconds."""
+        settings, stop = self.settings, _stopwatch(self.device)
+        assert problem.target is not None
+        blocks = [
+            Block(phase.chain.index(layer), list(self.streams[layer].take(steps)), rates[layer]) for layer, steps in turns
+        ]
+        values, norms, lengths = sngd_blocks_(
+            launcher, [self.network.layers[i] for i in phase.chain], [Velocity(*self.velocities[i]) for i in phase.chain],
+            problem.x, problem.target, blocks, settings.batch_size, settings.loss,
+            momentum=settings.momentum, nesterov=settings.nesterov, relative_lr=settings.relative_lr,
+            reset_momentum=settings.reset_momentum, x_scale=scale_of(problem.x, settings.x_scale),
+        )  # fmt: skip
+        seconds, sizes = stop(), [steps for _, steps in turns]
+
+        def part_of_time(steps: int) -> Callable[[], float]:
+            return lambda: seconds() * steps / len(norms)
+
+        parts = zip(turns, lengths, values.split(sizes), norms.split(sizes), strict=True)
+        return [_Turn(layer, lr, losses, part, part_of_time(steps)) for (layer, steps), lr, losses, part in parts]
 
     def _run_block(self, phase: Phase, problem: Problem, layer: int, steps: int, rate: float, keep: bool) -> Passes[_Turn]:
         """`steps` mini-batches of SNGD on one layer; `keep` says that the block sees every row."""

@@ -1,0 +1,96 @@
+"""Blocks of a one-hidden-layer network in one launch, where the backend has a kernel for that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import losses
+from . import backends, checks, registration
+from .layer import Layer, flatten
+
+
+class Block(NamedTuple):
+    """A layer's turn: which of the two, the rows that it visits, pass by pass (as row numbers or a slice), and its rate."""
+
+    layer: int
+    rows: Sequence[Tensor | slice]
+    lr: float
+
+
+class Velocity(NamedTuple):
+    """A layer's velocity; None where there is no momentum, or no bias."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def block_launcher(
+    layers: Sequence[Layer], x: Tensor, batch_size: int, loss: str, momentum: bool, steps: float, backend: str
+) -> Any:
+    """What `sngd_blocks_` needs to run blocks of about `steps` steps in one launch; None where it cannot, or is slower so."""
+    weight = layers[0].weight
+    serving = backends.module(backends.serving(backend, weight.device, weight.dtype))
+    if len(layers) != 2 or not hasattr(serving, "sngd_blocks_"):
+        return None
+    widths = [weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
+    tiles = serving.blocks_tiles(widths, min(batch_size, x.shape[0]), losses.code(loss), momentum, steps, weight)
+    return None if tiles is None else (serving, tiles)
+
+
+def sngd_blocks_(
+    launcher: Any,
+    layers: Sequence[Layer],
+    velocities: Sequence[Velocity],
+    x: Tensor,
+    target: Tensor,
+    blocks: Sequence[Block],
+    batch_size: int,
+    loss: str,
+    *,
+    momentum: float,
+    nesterov: bool,
+    relative_lr: bool,
+    reset_momentum: bool,
+    x_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Train two layers in turn, block by block, in one launch, without waiting for the device.
+
+    What `layer_forward` and `sngd_epoch_` do block by block, up to rounding: the hidden layer's activations are computed anew
+    in every step. Arguments as theirs, of both layers; weights, biases and velocities are **mutated**.
+
+    Args:
+        launcher: from `block_launcher`.
+        relative_lr: a block's steps are its rate times the Frobenius norm of its layer at the block's start.
+        reset_momentum: a block starts from zero velocity.
+
+    Returns:
+        (losses, norms, lengths): two of every step, (steps,), and the length of each block's steps, (blocks,).
+    """
+    serving, tiles = launcher
+    positions: list[Tensor] = []
+    table: list[tuple[int, int, int, int]] = []
+    at = 0
+    for i, block in enumerate(blocks):
+        for rows in block.rows:
+            visited = torch.arange(rows.start, rows.stop, device=x.device) if isinstance(rows, slice) else rows
+            positions.append(visited)
+            for start in range(0, len(visited), batch_size):
+                table.append((at + start, min(batch_size, len(visited) - start), block.layer, i))
+            at += len(visited)
+    (weight, bias, activation), last = layers
+    checks.problem(weight, bias, x, target, *flatten([last], activation), losses.code(loss), x_scale)
+    with torch.no_grad():
+        lengths = torch.tensor([block.lr for block in blocks], dtype=weight.dtype).to(weight.device, non_blocking=True)
+        schedule = torch.tensor(table, dtype=torch.int64).to(weight.device, non_blocking=True)
+        weights, biases, numbers = flatten([last], activation)
+        values, norms = serving.sngd_blocks_(
+            [weight, *weights], [bias, *biases], x, target, torch.cat(positions), schedule, batch_size, numbers,
+            losses.code(loss), lengths, [v.weight for v in velocities], [v.bias for v in velocities], momentum, nesterov,
+            x_scale, relative_lr, reset_momentum, tiles,
+        )  # fmt: skip
+    registration.count_up([t for layer in layers for t in layer[:2]] + [t for v in velocities for t in v])
+    return values, norms, lengths
