@@ -381,9 +381,10 @@ def _fingerprint(settings: Settings, precision: str, net: Network, x: Tensor, ta
     """What must be the same for a checkpoint to be gone on from: settings, model, and sums over the data in its order."""
 
     def digest(tensor: Tensor) -> str:
+        rows = torch.empty(len(tensor), dtype=torch.float64, device=tensor.device)
         # In parts, since torch's sum in float64 copies what it sums.
-        parts = [part.double() if part.dim() == 1 else part.sum(1, dtype=torch.float64) for part in tensor.split(FORWARD_ROWS)]
-        rows = torch.cat(parts)
+        for part, sums in zip(tensor.split(FORWARD_ROWS), rows.split(FORWARD_ROWS), strict=True):
+            sums.copy_(part) if part.dim() == 1 else torch.sum(part, 1, dtype=torch.float64, out=sums)
         place = torch.arange(1, len(rows) + 1, dtype=torch.float64, device=rows.device)
         return repr((tuple(tensor.shape), str(tensor.dtype), rows.sum().item(), (rows * place).sum().item()))
 
