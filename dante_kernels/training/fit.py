@@ -19,7 +19,6 @@ from ..ops import backends
 from ..ops.checks import backend_name, number, scale
 from . import checkpoint as checkpoints
 from .history import History
-from .problem import FORWARD_ROWS
 from .run import Run
 from .schedules import RoundRobin, Schedule
 from .trainer import Callback, LearningRate, Settings
@@ -382,8 +381,9 @@ def _fingerprint(settings: Settings, precision: str, net: Network, x: Tensor, ta
 
     def digest(tensor: Tensor) -> str:
         rows = torch.empty(len(tensor), dtype=torch.float64, device=tensor.device)
-        # In parts, since torch's sum in float64 copies what it sums.
-        for part, sums in zip(tensor.split(FORWARD_ROWS), rows.split(FORWARD_ROWS), strict=True):
+        # In parts of at most 8 MiB or a row, since torch's sum in float64 copies what it sums.
+        size = max(1, 2**20 // tensor[0].numel())
+        for part, sums in zip(tensor.split(size), rows.split(size), strict=True):
             sums.copy_(part) if part.dim() == 1 else torch.sum(part, 1, dtype=torch.float64, out=sums)
         place = torch.arange(1, len(rows) + 1, dtype=torch.float64, device=rows.device)
         return repr((tuple(tensor.shape), str(tensor.dtype), rows.sum().item(), (rows * place).sum().item()))
