@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import losses
-from . import persistent, plan
+from . import fused, graphs, persistent, plan
 from .fused import Layer, Pass, Update, chain, forward
 
 __all__ = ["layer_forward", "layer_gradient", "sngd_epoch_", "sngd_step_"]
@@ -28,14 +27,8 @@ def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 def _most_programs(tensor: Tensor) -> int:
     """How many programs of a persistent kernel are sure to be on the device at once: one for each multiprocessor.
 
-    The interpreter runs one program after the other, so there it must be one that waits for no other. With the environment
-    variable DANTE_GPU_PLAN=fused there are none.
+    The interpreter runs one program after the other, so there it must be one that waits for no other.
     """
-    wanted = os.environ.get("DANTE_GPU_PLAN", "auto")
-    if wanted not in ("auto", "fused"):
-        raise ValueError(f"DANTE_GPU_PLAN: expected auto or fused, got {wanted!r}")
-    if wanted == "fused":
-        return 0
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
@@ -108,11 +101,14 @@ def sngd_epoch_(
     layers = chain(weight, bias, suffix_weights, suffix_biases, activations)
     rule = Update(lr, velocity_weight, velocity_bias, momentum, nesterov)
     rows = x.shape[0] if order is None else order.shape[0]
-    tiles = plan.persistent(
-        [layers[0].n_in, *(layer.n_out for layer in layers)], min(batch_size, rows), loss == losses.CROSS_ENTROPY,
-        velocity_weight is not None, x.dtype, _most_programs(weight),
+    shape = plan.Shape(
+        (layers[0].n_in, *(layer.n_out for layer in layers)), min(batch_size, rows), loss, bias is not None,
+        velocity_weight is not None, x.dtype, torch.get_float32_matmul_precision(),
     )  # fmt: skip
+    wanted = os.environ.get(plan.ENVIRONMENT_VARIABLE, "auto")
+    choice = plan.choose(shape, plan.device_of(weight.device), _most_programs(weight), wanted)
     with _on_device_of(weight):
-        if tiles is not None and 0 < rows < persistent.MOST_STEPS * batch_size:
-            return persistent.run(layers, x, target, order, batch_size, loss, rule, tiles)
-        return Pass(layers, x, target, order, batch_size, loss).run(rule)
+        if choice.tiles is not None and 0 < rows < persistent.MOST_STEPS * batch_size:
+            return persistent.run(layers, x, target, order, batch_size, loss, rule, choice.tiles)
+        arguments = (layers, x, target, order, batch_size, loss, rule)
+        return graphs.run(fused.run, arguments, (order, lr), choice.launches * -(-rows // batch_size))

@@ -218,3 +218,10 @@ class Pass:
             self.gradient(start, rows)
             self.update(rule, rows, losses, norms, at)
         return losses, norms
+
+
+def run(
+    chain: list[Layer], x: Tensor, target: Tensor, order: Tensor | None, batch_size: int, loss: int, rule: Update
+) -> tuple[Tensor, Tensor]:
+    """All mini-batches of a pass, step by step, in place; (losses, norms), one of each a step."""
+    return Pass(chain, x, target, order, batch_size, loss).run(rule)
