@@ -117,6 +117,14 @@ def _choose(backend: str, device: torch.device, dtype: torch.dtype, asked: str) 
     return backend
 
 
+def name_for(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that serves calls on weights of this device and dtype; see `choose`."""
+    asked = "backend"
+    if backend == "auto":
+        backend, asked = os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE
+    return _choose(backend, device, dtype, asked)
+
+
 def choose(backend: str, weight: Tensor) -> Any:
     """The backend that serves a call on `weight`.
 
@@ -126,10 +134,7 @@ def choose(backend: str, weight: Tensor) -> Any:
     Raises:
         ValueError: for an unknown name, or a backend named explicitly that cannot serve the call.
     """
-    asked = "backend"
-    if backend == "auto":
-        backend, asked = os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE
-    name = _choose(backend, weight.device, weight.dtype, asked)
+    name = name_for(backend, weight.device, weight.dtype)
     if name == "reference":
         return _Reference
     return _load_cpp()[0] if name == "cpp" else _load_triton()[0]

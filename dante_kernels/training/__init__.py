@@ -1,5 +1,6 @@
 """Training: schedules, the thin trainer that walks them, and what it records."""
 
+from .explain import Explanation, explain
 from .fit import fit
 from .history import BlockRecord, History, RoundRecord
 from .schedules import Alternating, RoundRobin, Schedule, StackedAutoencoder
@@ -8,11 +9,13 @@ from .trainer import NonFiniteError
 __all__ = [
     "Alternating",
     "BlockRecord",
+    "Explanation",
     "History",
     "NonFiniteError",
     "RoundRecord",
     "RoundRobin",
     "Schedule",
     "StackedAutoencoder",
+    "explain",
     "fit",
 ]
