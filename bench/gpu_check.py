@@ -3,7 +3,7 @@
     python bench/gpu_check.py
 
 First correctness: every operator against the float64 reference on the CPU by the error rule of the tests, equality of a
-pass with its steps, 200 repeats bitwise while another stream keeps the device busy, capture in a CUDA graph, and
+pass with its steps, 200 repeats bitwise while another stream keeps the device busy, capture and replay as CUDA graphs, and
 compute-sanitizer on small cases where it is installed. Only when all of that holds, the timings: microseconds of an SNGD
 step against the same step and a plain SGD step by torch, eager and as CUDA graphs, in one process, interleaved. Results
 go to bench/results/ as JSON with device, versions and commit. ``--device cpu`` with TRITON_INTERPRET=1 is a rehearsal
@@ -51,13 +51,13 @@ class Skipped(Exception):
 
 
 @contextmanager
-def chosen_plan(name: str) -> Iterator[None]:
-    """The GPU kernels take this plan."""
-    os.environ["DANTE_GPU_PLAN"] = name
+def chosen_plan(name: str, graphs: str = "1") -> Iterator[None]:
+    """The GPU kernels take this plan, with CUDA graphs ("1") or launch by launch ("0")."""
+    os.environ |= {"DANTE_GPU_PLAN": name, "DANTE_CUDA_GRAPHS": graphs}
     try:
         yield
     finally:
-        del os.environ["DANTE_GPU_PLAN"]
+        del os.environ["DANTE_GPU_PLAN"], os.environ["DANTE_CUDA_GRAPHS"]
 
 
 def moved(problem: Problem, device: torch.device) -> Problem:
@@ -213,6 +213,28 @@ def check_graph_capture(device: torch.device, few: bool) -> str:
     return "replays to the eager bits"
 
 
+def check_graph_replays(device: torch.device, few: bool) -> str:
+    """Passes that the package replays from CUDA graphs give the bits of launched ones, for new orders and rates."""
+    if device.type != "cuda":
+        raise Skipped("there are no CUDA graphs on this device")
+    from dante_kernels.kernels import graphs
+
+    for rows, n_in, widths in SHAPES:
+        pair = [moved(make_problem(seed=6, rows=rows, n_in=n_in, widths=widths), device) for _ in range(2)]
+        for call in range(4):
+            order = torch.randperm(rows, generator=torch.Generator().manual_seed(call)).to(device)
+            results = []
+            for switch, p in zip(("1", "0"), pair, strict=True):
+                with chosen_plan("fused", graphs=switch):
+                    out = ops.sngd_epoch_(*p.args[:4], order, -(-rows // 3), *p.args[4:], 0.1 / (call + 1), backend="triton")
+                results.append((*out, p.weight, p.bias))
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), f"{n_in}-{widths}, call {call}"
+    kept = [entry for entry in graphs._shared.entries.values() if entry.recording is not None]
+    assert graphs._shared.usable, "a recording failed"
+    assert len(kept) >= len(SHAPES), "nothing was replayed"
+    return f"{len(kept)} graphs, {sum(entry.bytes for entry in kept) / 2**20:.1f} MiB"
+
+
 def check_sanitizer(device: torch.device, few: bool) -> str:
     """memcheck and racecheck find nothing on the small cases."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -225,7 +247,15 @@ def check_sanitizer(device: torch.device, few: bool) -> str:
     return "memcheck and racecheck are clean"
 
 
-CHECKS = [check_right, check_epoch_equals_steps, check_repeats, check_skips, check_graph_capture, check_sanitizer]
+CHECKS = [
+    check_right,
+    check_epoch_equals_steps,
+    check_repeats,
+    check_skips,
+    check_graph_capture,
+    check_graph_replays,
+    check_sanitizer,
+]
 
 
 def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:

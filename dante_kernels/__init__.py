@@ -2,19 +2,32 @@
 
 from . import ops
 from .activations import Activation, GeneralizedReLU
-from .training import Alternating, FitManyError, History, NonFiniteError, RoundRobin, StackedAutoencoder, fit, fit_many
+from .training import (
+    Alternating,
+    Explanation,
+    FitManyError,
+    History,
+    NonFiniteError,
+    RoundRobin,
+    StackedAutoencoder,
+    explain,
+    fit,
+    fit_many,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Activation",
     "Alternating",
+    "Explanation",
     "FitManyError",
     "GeneralizedReLU",
     "History",
     "NonFiniteError",
     "RoundRobin",
     "StackedAutoencoder",
+    "explain",
     "fit",
     "fit_many",
     "ops",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import losses
-from . import persistent, plan
+from . import fused, graphs, persistent, plan
 from .fused import Call, Layer, Pass, chain, forward
 
 __all__ = ["blocks_tiles", "layer_forward", "layer_gradient", "sngd_blocks_", "sngd_epoch_", "sngd_epochs_", "sngd_step_"]
@@ -29,14 +29,8 @@ def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 def _most_programs(tensor: Tensor) -> int:
     """How many programs of a persistent kernel are sure to be on the device at once: one for each multiprocessor.
 
-    The interpreter runs one program after the other, so there it must be one that waits for no other. With the environment
-    variable DANTE_GPU_PLAN=fused there are none.
+    The interpreter runs one program after the other, so there it must be one that waits for no other.
     """
-    wanted = os.environ.get("DANTE_GPU_PLAN", "auto")
-    if wanted not in ("auto", "fused"):
-        raise ValueError(f"DANTE_GPU_PLAN: expected auto or fused, got {wanted!r}")
-    if wanted == "fused":
-        return 0
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
@@ -103,33 +97,36 @@ def sngd_epochs_(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]
     group = [Call(*call) for call in calls]
     one = group[0]
     most = _most_programs(one.weight)
-    tiles = plan.persistent(
-        _widths(one.layers),
-        min(one.batch_size, one.rows),
-        one.loss == losses.CROSS_ENTROPY,
-        one.velocity_weight is not None,
-        most,
-    )
+    shape = plan.Shape(
+        _widths(one.layers), min(one.batch_size, one.rows), one.loss, one.bias is not None, one.velocity_weight is not None,
+        one.x.dtype, torch.get_float32_matmul_precision(),
+    )  # fmt: skip
+    wanted = os.environ.get(plan.ENVIRONMENT_VARIABLE, "auto")
+    choice = plan.choose(shape, plan.device_of(one.weight.device), most, wanted)
     with _on_device_of(one.weight):
-        if tiles is None:
-            return [Pass(c.layers, c.x, c.target, c.order, c.batch_size, c.loss, c.x_scale).run(c.rule) for c in group]
-        at_once = most // (tiles.split_out * tiles.split_in)
+        if choice.tiles is None:
+            launches = choice.launches * -(-one.rows // one.batch_size)
+            return [graphs.run(fused.run, tuple(call), (call.order, call.lr), launches) for call in group]
+        at_once = most // (choice.tiles.split_out * choice.tiles.split_in)
         results: list[tuple[Tensor, Tensor]] = []
         for first in range(0, len(group), at_once):
             models = [persistent.model(call) for call in group[first : first + at_once]]
             results += persistent.run(
-                models, one.layers, one.batch_size, one.loss, one.momentum, one.nesterov, one.x_scale, tiles
+                models, one.layers, one.batch_size, one.loss, one.momentum, one.nesterov, one.x_scale, choice.tiles
             )
     return results
 
 
-def _widths(layers: list[Layer]) -> list[int]:
-    return [layers[0].n_in, *(layer.n_out for layer in layers)]
+def _widths(layers: list[Layer]) -> tuple[int, ...]:
+    return (layers[0].n_in, *(layer.n_out for layer in layers))
 
 
 def blocks_tiles(widths: list[int], batch_size: int, loss: int, momentum: bool, steps: float, weight: Tensor) -> Any:
     """The tiles with which `sngd_blocks_` runs blocks of about `steps` steps in one launch, or None where it should not."""
-    return plan.blocks(widths, batch_size, loss == losses.CROSS_ENTROPY, momentum, steps, _most_programs(weight))
+    if os.environ.get(plan.ENVIRONMENT_VARIABLE, "auto") not in ("auto", "persistent"):
+        return None
+    device, most = plan.device_of(weight.device), _most_programs(weight)
+    return plan.blocks(widths, batch_size, loss == losses.CROSS_ENTROPY, momentum, steps, most, device)
 
 
 def sngd_blocks_(

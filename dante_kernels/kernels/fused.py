@@ -6,13 +6,13 @@ device. A step of an L-layer chain is 2 L + 1 launches (one more where a softmax
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import losses
-from . import launcher, layers, plan, step
+from . import launcher, layers, step, tiling
 
 
 class Layer(NamedTuple):
@@ -106,7 +106,7 @@ def stride_of(vector: Tensor | None) -> int:
 def forward(x: Tensor, layer: Layer, out: Tensor, x_scale: float = 1.0) -> None:
     """out <- phi(x W^T + bias), out (rows, n_out) contiguous."""
     rows = x.shape[0]
-    tiles = plan.forward_product(layer.n_out, layer.n_in, x.dtype)
+    tiles = tiling.forward_product(layer.n_out, layer.n_in, x.dtype)
     launcher.launch(
         layers.product, (_ceil(rows, tiles.rows), _ceil(layer.n_out, tiles.columns)),
         x, layer.weight, layer.bias, out, None, None, None, None,
@@ -140,8 +140,8 @@ class Pass:
         active, last = chain[0], chain[-1]
         self.rows = x.shape[0] if order is None else order.shape[0]
         self.batch_size = min(batch_size, self.rows)
-        self.tiles = [plan.step_product(layer.n_out, layer.n_in) for layer in chain]
-        self.gradient_tiles = plan.gradient_product(active.n_out, active.n_in, x.dtype)
+        self.tiles = [tiling.step_product(layer.n_out, layer.n_in) for layer in chain]
+        self.gradient_tiles = tiling.gradient_product(active.n_out, active.n_in, x.dtype)
         self.wide_softmax = loss == losses.CROSS_ENTROPY and last.n_out > self.tiles[-1].columns
 
         def scratch(*shape: int) -> Tensor:
@@ -186,14 +186,14 @@ class Pass:
             layers.softmax_rows, (rows,),
             self.h[-1], self.g[-1], target, self.order, self.loss_partials,
             start, rows, self.x.shape[0], self.chain[-1].n_out, stride_of(self.order), *self._target_strides(),
-            self._scale(rows), CLASSES=target.dim() == 1, BLOCK_OUT=plan.SOFTMAX_COLUMNS,
-            num_warps=plan.SOFTMAX_WARPS, num_stages=1,
+            self._scale(rows), CLASSES=target.dim() == 1, BLOCK_OUT=tiling.SOFTMAX_COLUMNS,
+            num_warps=tiling.SOFTMAX_WARPS, num_stages=1,
         )  # fmt: skip
 
     def _backward(self, i: int, d: Tensor, rows: int) -> Tensor:
         """D of layer i from the next layer's: D <- (D W) g, in place of g[i]."""
         layer, out = self.chain[i + 1], self.g[i]
-        tiles = plan.step_product(layer.n_in, layer.n_out)
+        tiles = tiling.step_product(layer.n_in, layer.n_out)
         launcher.launch(
             layers.product, (_ceil(rows, tiles.rows), _ceil(layer.n_in, tiles.columns)),
             d, layer.weight, None, out, out, None, None, None,
@@ -239,19 +239,19 @@ class Pass:
         """The norm to norms[at], the loss to losses[at], and, with a rule, the step itself."""
         weight, bias = (None, None) if rule is None else self.chain[0][:2]
         n_out, n_in = self.grad.shape
-        tiles = _ceil(n_out, plan.UPDATE_OUT) * _ceil(n_in, plan.UPDATE_IN)
+        tiles = _ceil(n_out, tiling.UPDATE_OUT) * _ceil(n_in, tiling.UPDATE_IN)
         velocity_weight = None if rule is None else rule.velocity_weight
         velocity_bias = None if rule is None else rule.velocity_bias
         launcher.launch(
-            step.update, (1 if rule is None else min(tiles, plan.UPDATE_PROGRAMS),),
+            step.update, (1 if rule is None else min(tiles, tiling.UPDATE_PROGRAMS),),
             weight, bias, velocity_weight, velocity_bias, self.grad, self.grad_bias, self.partials, self.loss_partials,
             losses, norms, None if rule is None else rule.lr,
             at, self.programs, self._loss_programs(rows), n_out, n_in,
             *((0, 0) if weight is None else weight.stride()), stride_of(bias),
             *((0, 0) if velocity_weight is None else velocity_weight.stride()), stride_of(velocity_bias),
             float(self._elements(rows)), 0.0 if rule is None else rule.momentum,
-            NESTEROV=rule is not None and rule.nesterov, BLOCK_OUT=plan.UPDATE_OUT, BLOCK_IN=plan.UPDATE_IN,
-            num_warps=plan.UPDATE_WARPS, num_stages=1,
+            NESTEROV=rule is not None and rule.nesterov, BLOCK_OUT=tiling.UPDATE_OUT, BLOCK_IN=tiling.UPDATE_IN,
+            num_warps=tiling.UPDATE_WARPS, num_stages=1,
         )  # fmt: skip
 
     def run(self, rule: Update) -> tuple[Tensor, Tensor]:
@@ -263,3 +263,9 @@ class Pass:
             self.gradient(start, rows)
             self.update(rule, rows, losses, norms, at)
         return losses, norms
+
+
+def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """All mini-batches of a `Call`, step by step, in place; (losses, norms), one of each a step."""
+    call = Call(*arguments)
+    return Pass(call.layers, call.x, call.target, call.order, call.batch_size, call.loss, call.x_scale).run(call.rule)

@@ -1,104 +1,35 @@
-"""Which plan a pass gets, and which tiles, how many warps and which arithmetic a product: from shapes and switches alone.
+"""Which plan a pass gets, by a cost model: from the shape, the mini-batch's size, the precision and the device.
 
-No rule for a product looks at the number of rows: so a row's result is the same bits whatever rows stand beside it, and a
-short last mini-batch is computed like a call of its own. Only the choice between the plans looks at the mini-batch's size.
+`choose` decides. The model of the plans of several launches a step is in `cost.py`, that of the persistent plan is here,
+with its tiles; the tiles of the fused step, which no mini-batch's size may change, are in `tiling.py`.
 """
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-# From this many elements on, a layer's products are bound by throughput: larger tiles, and full float32 as three tf32
-# products on the matrix units. Below, small tiles give more programs, and plain float32 arithmetic costs about the same.
-LARGE_WEIGHT = 2**21
+from .. import losses
+from . import cost
+from .cost import H200, Cost, Device, Shape
+from .tiling import power_of_two
 
-# A gradient with this many elements fills a large GPU with tiles of 64 x 64; smaller ones get smaller tiles.
-LARGE_GRADIENT = 2**19
-
-
-class Tiles(NamedTuple):
-    """One product's tile sizes (rows and columns of the result, inner dimension) and how to compute it."""
-
-    rows: int
-    columns: int
-    inner: int
-    precision: str
-    num_warps: int
-    num_stages: int
-
-
-def _power_of_two(size: int, low: int, high: int) -> int:
-    return min(max(1 << (size - 1).bit_length(), low), high)
-
-
-def _precision(large: bool) -> str:
-    """torch.get_float32_matmul_precision() as a dot's arithmetic."""
-    wanted = torch.get_float32_matmul_precision()
-    if wanted == "highest":
-        return "tf32x3" if large else "ieee"
-    return "tf32" if wanted == "high" else "bf16"
-
-
-def _largest(wanted: int, precision: str, x_dtype: torch.dtype) -> int:
-    """The larger side of a tile that reads x.
-
-    Where an operand was widened from bfloat16 or uint8, Triton 3.7 for sm_100 computes an ieee dot of 64 rows or more as
-    tf32, which would round the other, float32 operand; and on sm_80 or sm_90 such a dot spills. Tiles of 32 do neither.
-    The inner block stays what it is for float32 x, so that equal values give equal bits.
-    """
-    return min(wanted, 32) if precision == "ieee" and x_dtype != torch.float32 else wanted
-
-
-def step_product(n_out: int, n_in: int) -> Tiles:
-    """Tiles of a layer's product in a step, forward or backward, where n_out is the width of the result."""
-    large = n_out * n_in >= LARGE_WEIGHT
-    precision = _precision(large)
-    if large:
-        return Tiles(64, 64 if n_out >= 2048 else 32, 32, precision, 4, 3)
-    return Tiles(16, _power_of_two(n_out, 16, 32), 32 if precision == "ieee" else 64, precision, 4, 3)
-
-
-def forward_product(n_out: int, n_in: int, x_dtype: torch.dtype) -> Tiles:
-    """Tiles of `layer_forward`, which mostly sees many rows at once."""
-    precision = _precision(n_out * n_in >= LARGE_WEIGHT)
-    largest = _largest(64, precision, x_dtype)
-    return Tiles(largest, _power_of_two(n_out, 16, largest), 16 if precision == "ieee" else 32, precision, 4, 3)
-
-
-def gradient_product(n_out: int, n_in: int, x_dtype: torch.dtype) -> Tiles:
-    """Tiles of G = D^T X: rows are outputs, columns inputs, the inner dimension the mini-batch."""
-    precision = _precision(n_out * n_in >= LARGE_WEIGHT)
-    wanted = 64 if n_out * n_in >= LARGE_GRADIENT else 32
-    largest = _largest(wanted, precision, x_dtype)
-    # With 4 warps some ieee specialization of the large tile spills under Triton 3.6 or 3.9.
-    num_warps = 8 if precision == "ieee" and largest == 64 else 4
-    inner = 16 if precision == "ieee" and wanted == 64 else 32
-    return Tiles(_power_of_two(n_out, 16, largest), _power_of_two(n_in, 16, largest), inner, precision, num_warps, 3)
-
-
-# The update: tile, warps, and the most programs. Every program adds up all partial sums of the norm, so more programs
-# than fill a large GPU several times over would only read them more often.
-UPDATE_OUT, UPDATE_IN, UPDATE_WARPS, UPDATE_PROGRAMS = 16, 128, 4, 1024
-
-# Softmax over rows wider than a tile.
-SOFTMAX_COLUMNS, SOFTMAX_WARPS = 1024, 4
-
-
-class Device(NamedTuple):
-    """What the cost model knows of a GPU. From public figures and latencies: nothing of it has been measured."""
-
-    barrier: float = 0.7  # microseconds of a grid barrier of few programs
-    barrier_program: float = 0.0035  # and of each program more
-    block: float = 25.0  # microseconds that a block costs beside its steps: prefix product, rows, launches, W in and out
-    tile: float = 0.5  # microseconds of latency that each further tile of rows adds to a step
-    l2_per_multiprocessor: float = 0.12  # MB a microsecond that one multiprocessor reads from L2
-    fma: float = 0.253  # millions of float32 fused multiply-adds a microsecond on one multiprocessor
-
-
-H200 = Device()
+__all__ = [
+    "ENVIRONMENT_VARIABLE",
+    "H200",
+    "SERVED",
+    "Choice",
+    "Device",
+    "Persistent",
+    "Shape",
+    "choose",
+    "device_of",
+    "persistent",
+]
 
 
 class Persistent(NamedTuple):
@@ -126,7 +57,7 @@ def _persistent(
     n_out: int, n_in: int, n_next: int, batch: int, units: int, inputs: int, warps: int, device: Device
 ) -> Persistent:
     split_out, split_in = -(-n_out // units), -(-n_in // (warps * inputs))
-    next_units = _power_of_two(n_next, 16, 64) if n_next else 16
+    next_units = power_of_two(n_next, 16, 64) if n_next else 16
     rows = 32  # with more some specialization spills; widened bfloat16 in a larger dot would be rounded to tf32 (`_largest`)
     tiles = -(-batch // rows)
     padded, programs = tiles * rows, split_out * split_in
@@ -197,3 +128,121 @@ def blocks(
     if hidden is None or (last is not None and steps * (hidden.microseconds - last.microseconds) > 2 * device.block):
         return None
     return hidden
+
+
+# The plans that a pass may be given. `cost.streamed` models one more: adding "streamed" here makes `choose` take it where it
+# is the fastest, and `kernels.sngd_epoch_` must then run it.
+SERVED = ("persistent", "fused")
+
+# It names one of them, or auto.
+ENVIRONMENT_VARIABLE = "DANTE_GPU_PLAN"
+
+# More programs than any device has: the layer's size then decides nothing.
+_PLENTY = 2**30
+
+
+class Choice(NamedTuple):
+    """The plan of a pass, the persistent plan's tiles, what a step takes by the model, and why this plan and no other."""
+
+    plan: str
+    tiles: Persistent | None
+    microseconds: float
+    limit: str
+    launches: int  # of a step; none where the whole pass is one
+    why: str
+
+
+def device_of(device: torch.device) -> Device:
+    """What the model knows of a device: an H200's numbers, with a CUDA device's own multiprocessors and size of L2."""
+    if device.type != "cuda":
+        return H200
+    found = torch.cuda.get_device_properties(device)
+    return H200._replace(multiprocessors=found.multi_processor_count, l2_bytes=found.L2_cache_size)
+
+
+def _persistent_of(shape: Shape, most_programs: int, device: Device) -> Persistent | None:
+    cross_entropy = shape.loss == losses.CROSS_ENTROPY
+    return persistent(list(shape.widths), shape.batch, cross_entropy, shape.momentum, most_programs, device)
+
+
+def _persistent_cost(tiles: Persistent, shape: Shape, most_programs: int, device: Device) -> Cost:
+    """The persistent plan's cost; its limit is what would save the most if it took no time."""
+    free = {
+        "barriers": device._replace(barrier=0.0, barrier_program=0.0),
+        "arithmetic": device._replace(fma=float("inf")),
+        "L2": device._replace(l2_per_multiprocessor=float("inf")),
+    }
+    without = {limit: _persistent_of(shape, most_programs, better) or tiles for limit, better in free.items()}
+    return Cost(tiles.microseconds, min(without, key=lambda limit: without[limit].microseconds), 0)
+
+
+def _refusal(shape: Shape, most_programs: int, device: Device) -> str:
+    """Why the persistent plan does not serve: each demand of the shape put to it alone, the others made as easy as can be."""
+    n_in, n_out, *suffix = shape.widths
+    easy = shape._replace(widths=(1, 1, *[1] * min(len(suffix), 1)), batch=1, loss=losses.MSE, momentum=False)
+
+    def serves(most_programs: int = _PLENTY, **demand: Any) -> bool:
+        return _persistent_of(easy._replace(**demand), most_programs, device) is not None
+
+    reasons = []
+    if not serves(widths=(1, 1, *[1] * len(suffix))):
+        most = bisect.bisect(range(len(suffix)), 0, key=lambda depth: not serves(widths=(1, 1, *[1] * depth))) - 1
+        reasons.append(f"{len(suffix)} layers after it > {most}")
+    if suffix and not serves(widths=(1, 1, suffix[0])):
+        most = bisect.bisect(range(1, suffix[0]), 0, key=lambda width: not serves(widths=(1, 1, width)))
+        reasons.append(f"next layer's width {suffix[0]} > {most}")
+    whole = (n_in, n_out, *easy.widths[2:])
+    if not serves(most_programs, widths=whole, momentum=shape.momentum):
+        kept = "W and its velocity do" if shape.momentum else "W does"
+        reasons.append(f"{kept} not fit the registers of {most_programs} program{'s' * (most_programs != 1)}")
+    elif not suffix and not serves(most_programs, widths=whole, momentum=shape.momentum, loss=shape.loss):
+        reasons.append(f"a softmax row of {n_out} must lie in one program")
+    return ", ".join(reasons)
+
+
+@functools.lru_cache(maxsize=1024)
+def choose(shape: Shape, device: Device, most_programs: int, wanted: str = "auto") -> Choice:
+    """The plan of a pass: the fastest by the model of those that serve it, or the one that is wanted.
+
+    Args:
+        shape: the pass.
+        device: the GPU's numbers.
+        most_programs: how many programs of a persistent kernel are sure to be on the device at once.
+        wanted: ``"auto"``, or one of `SERVED`.
+
+    The number of steps decides nothing: a pass gets the plan that its single steps get. Nor does it matter whether CUDA
+    graphs are switched off; the model counts launches as replayed ones.
+
+    Raises:
+        ValueError: for another name, or a plan that cannot serve the pass.
+    """
+    if wanted not in ("auto", *SERVED):
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected one of auto, {', '.join(SERVED)}, got {wanted!r}")
+    costs = {name: model(shape, device) for name, model in (("fused", cost.fused), ("streamed", cost.streamed))}
+    tiles = _persistent_of(shape, most_programs, device)
+    if tiles is not None:
+        costs["persistent"] = _persistent_cost(tiles, shape, most_programs, device)
+    elif wanted == "persistent":
+        refusal = _refusal(shape, most_programs, device)
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}: the persistent plan cannot serve this pass: {refusal}")
+    name = wanted
+    if wanted == "auto":
+        name = min((name for name in SERVED if name in costs), key=lambda name: costs[name].microseconds)
+    why = f"{ENVIRONMENT_VARIABLE} names it" if wanted != "auto" else _why(name, costs, shape, device, most_programs)
+    return Choice(name, tiles if name == "persistent" else None, *costs[name], why)
+
+
+def _why(name: str, costs: dict[str, Cost], shape: Shape, device: Device, most_programs: int) -> str:
+    """One sentence: what the other plans would take, or why they cannot serve."""
+    others = [f"{other} would take {costs[other].microseconds:.1f} us" for other in SERVED if other in costs and other != name]
+    if "persistent" not in costs:
+        others.append(f"persistent does not serve: {_refusal(shape, most_programs, device)}")
+    faster = {"plain library products": cost.plain(shape, device)}
+    if "streamed" not in SERVED:
+        faster["streamed"] = costs["streamed"]
+    others += [
+        f"{other} would take {found.microseconds:.1f} us, but no such plan is built in"
+        for other, found in faster.items()
+        if found.microseconds < costs[name].microseconds
+    ]
+    return f"{costs[name].microseconds:.1f} us by the model; " + "; ".join(others)

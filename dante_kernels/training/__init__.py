@@ -1,5 +1,6 @@
 """Training: schedules, the thin trainer that walks them, and what it records."""
 
+from .explain import Explanation, explain
 from .fit import fit
 from .history import BlockRecord, History, RoundRecord
 from .many import FitManyError, fit_many
@@ -9,6 +10,7 @@ from .trainer import NonFiniteError
 __all__ = [
     "Alternating",
     "BlockRecord",
+    "Explanation",
     "FitManyError",
     "History",
     "NonFiniteError",
@@ -16,6 +18,7 @@ __all__ = [
     "RoundRobin",
     "Schedule",
     "StackedAutoencoder",
+    "explain",
     "fit",
     "fit_many",
 ]

@@ -12,7 +12,7 @@ from support import ACTIVATIONS, FLOOR, LOSSES, Problem, as_float32, assert_erro
 from torch import Tensor
 
 from dante_kernels import kernels, losses, reference
-from dante_kernels.kernels import launcher, plan
+from dante_kernels.kernels import launcher, tiling
 from dante_kernels.ops import Layer
 from dante_kernels.ops.layer import flatten
 
@@ -97,7 +97,7 @@ def test_a_last_layer_wider_than_a_tile_is_right(loss: str, class_indices: bool)
 
 
 def test_softmax_over_several_column_tiles_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "SOFTMAX_COLUMNS", 32)
+    monkeypatch.setattr(tiling, "SOFTMAX_COLUMNS", 32)
     p = make_problem(seed=7, rows=5, n_in=9, widths=(8, 101), loss="cross_entropy", class_indices=False)
     p.x *= 40
     p.x[0] = 0  # logits of very different sizes: the running maximum rises in one row and stays in another
@@ -296,13 +296,6 @@ def test_narrow_data_are_computed_as_their_float32_values(name: str, dtype: torc
     assert same_bits(*together)
 
 
-def test_uint8_data_take_the_plan_of_float32_data() -> None:
-    for widths in ([784, 100, 10], [784, 10]):
-        for batch in (20, 60):
-            both = (plan.persistent(widths, batch, False, False, dtype, 132) for dtype in (torch.uint8, torch.float32))
-            assert next(both) == next(both)
-
-
 def test_a_step_is_two_launches_a_layer_and_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
     monkeypatch.setattr(launcher, "launch", lambda kernel, grid, *args, **options: launched.append(grid))
@@ -315,7 +308,7 @@ def test_a_step_is_two_launches_a_layer_and_one_more(monkeypatch: pytest.MonkeyP
 
 
 def test_the_update_covers_more_tiles_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "UPDATE_PROGRAMS", 3)
+    monkeypatch.setattr(tiling, "UPDATE_PROGRAMS", 3)
     p = make_problem(seed=2, rows=4, n_in=300, widths=(40,))
     q = p.clone()
     step(p)

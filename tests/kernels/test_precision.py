@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 from support import assert_error_rule
 
-from dante_kernels.kernels import plan
+from dante_kernels.kernels import tiling
 
 BLOCK = 32
 Array = NDArray[np.float32]
@@ -55,9 +55,9 @@ def test_the_inner_block_of_large_layers_is_the_one_the_figures_are_for() -> Non
     try:
         torch.set_float32_matmul_precision("highest")
         for tiles, *dtype in (
-            (plan.step_product,),
-            (plan.forward_product, torch.float32),
-            (plan.gradient_product, torch.float32),
+            (tiling.step_product,),
+            (tiling.forward_product, torch.float32),
+            (tiling.gradient_product, torch.float32),
         ):
             chosen = tiles(3072, 12288, *dtype)
             assert (chosen.precision, chosen.inner) == ("tf32x3", BLOCK)

@@ -1,0 +1,44 @@
+"""Print what the GPU plans take by the cost model, as the table of docs/plans.md: nothing in it is measured.
+
+python bench/plan_table.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from dante_kernels.kernels import cost, plan
+
+NETS = [
+    (784, 100, 10), (784, 400, 200, 10), (3072, 512, 10), (3072, 1024, 512, 256, 128, 64, 10),
+    (12288, 3072, 1536, 768, 384, 200),
+]  # fmt: skip
+BATCHES = (20, 100, 500)
+
+
+def lines() -> list[str]:
+    """The table: first layer active, on an H200; microseconds of a step at the precisions highest and high."""
+    table = [
+        "| net, first layer active | batch | precision | persistent | fused | streamed | plain | chosen | its limit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for widths in NETS:
+        for batch in BATCHES:
+            for precision in ("highest", "high"):
+                shape = plan.Shape(widths, batch, precision=precision)
+                found = plan.choose(shape, plan.H200, plan.H200.multiprocessors)
+                kept = "-"
+                if plan.persistent(list(widths), batch, False, False, plan.H200.multiprocessors):
+                    kept = f"{plan.choose(shape, plan.H200, plan.H200.multiprocessors, 'persistent').microseconds:.1f}"
+                times = [f"{model(shape, plan.H200).microseconds:.1f}" for model in (cost.fused, cost.streamed, cost.plain)]
+                cells = ["-".join(map(str, widths)), str(batch), precision, kept, *times, found.plan, found.limit]
+                table.append(f"| {' | '.join(cells)} |")
+    return table
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))

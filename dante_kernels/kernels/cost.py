@@ -1,0 +1,205 @@
+"""What a step takes by the model, under each plan but the persistent one: launches, arithmetic, bytes; from shapes alone.
+
+Every launch costs its latency and the longest of three: the multiply-adds of the busiest multiprocessor (whole tiles, whole
+waves of programs), what its programs draw through it and all of them through L2, and what the launch must move at least
+once, from L2 where all that a step touches fits there, else from memory. Nothing here has been measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from .. import losses
+from . import tiling
+
+LIMITS = ("barriers", "launches", "arithmetic", "L2", "memory")
+
+
+class Device(NamedTuple):
+    """What the model knows of a GPU: an H200's numbers, from public figures and latencies, none of them measured here."""
+
+    multiprocessors: int = 132
+    barrier: float = 0.7  # microseconds of a grid barrier of few programs
+    barrier_program: float = 0.0035  # and of each program more
+    tile: float = 0.5  # microseconds of latency that each further tile of rows adds to a step of the persistent plan
+    block: float = 25.0  # microseconds that a block costs beside its steps: prefix product, rows, launches, W in and out
+    launch: float = 1.3  # microseconds of a launch that waits for the one before it, in a CUDA graph
+    host_launch: float = 5.5  # microseconds of one from Python without a graph
+    l2_per_multiprocessor: float = 0.12  # MB a microsecond that one multiprocessor reads from L2
+    l2: float = 5.5  # MB a microsecond that all of them read from L2
+    memory: float = 4.3  # MB a microsecond from memory
+    l2_bytes: int = 50_000_000
+    fma: float = 0.253  # millions of float32 fused multiply-adds a microsecond on one multiprocessor: its peak
+    streamed_fma: float = 0.15  # the same in a product whose operands stream through shared memory: 40 TFLOP/s in all
+    tf32: float = 1.2  # likewise with tf32 operands: 320 TFLOP/s in all
+    bf16: float = 3.0  # likewise with bfloat16 operands: 790 TFLOP/s in all
+
+    def rate(self, precision: str) -> float:
+        """Millions of multiply-adds a microsecond on one multiprocessor, in a product of this arithmetic."""
+        rates = {"ieee": self.streamed_fma, "tf32x3": self.tf32 / 3, "tf32": self.tf32, "bf16": self.bf16}
+        return rates[precision]
+
+
+H200 = Device()
+
+
+class Shape(NamedTuple):
+    """A pass as the plans see it: n_in, n_out and the suffix's widths; rows of a mini-batch; and what else decides."""
+
+    widths: tuple[int, ...]
+    batch: int
+    loss: int = losses.MSE
+    bias: bool = True
+    momentum: bool = False
+    x_dtype: torch.dtype = torch.float32
+    precision: str = "highest"
+
+
+class Cost(NamedTuple):
+    """Modelled microseconds of a step, what most of them are spent on (one of `LIMITS`), and its launches."""
+
+    microseconds: float
+    limit: str
+    launches: int
+
+
+class Launch(NamedTuple):
+    """What one launch asks of the device."""
+
+    programs: int
+    products: float  # multiply-adds of a program, its tile's padding included
+    drawn: float  # bytes that a program reads and writes
+    moved: float  # bytes that all programs together must read or write at least once
+    precision: str = "ieee"
+
+
+def _ceil(size: int, block: int) -> int:
+    return (size + block - 1) // block
+
+
+def _total(launches: Iterable[Launch], working_set: float, device: Device) -> Cost:
+    launches = list(launches)
+    fits = working_set <= device.l2_bytes
+    spent = dict.fromkeys(LIMITS, 0.0)
+    spent["launches"] = len(launches) * device.launch
+    for launch in launches:
+        waves = _ceil(launch.programs, device.multiprocessors)
+        drawn = max(waves * launch.drawn / device.l2_per_multiprocessor, launch.programs * launch.drawn / device.l2)
+        parts = {
+            "arithmetic": waves * launch.products / device.rate(launch.precision),
+            "L2": max(drawn, launch.moved / device.l2),
+            "memory": 0.0 if fits else launch.moved / device.memory,
+        }
+        longest = max(parts, key=lambda name: parts[name])
+        spent[longest] += parts[longest] / 1e6
+    return Cost(sum(spent.values()), max(spent, key=lambda name: spent[name]), len(launches))
+
+
+def _working_set(shape: Shape, copies: int) -> float:
+    """Bytes that a step touches: `copies` of W and one of each suffix weight, and activations and x of a mini-batch."""
+    n_in, n_out, *suffix = shape.widths
+    weights = copies * n_in * n_out + sum(a * b for a, b in pairwise((n_out, *suffix)))
+    return 4 * (weights + 2 * shape.batch * sum(shape.widths))
+
+
+def _product(rows: int, columns: int, inner: int, how: tiling.Tiles, a_bytes: int = 4, results: int = 1) -> Launch:
+    """A tiled product (rows, inner) x (inner, columns), whose epilogue reads or writes `results` tiles like its own."""
+    programs = _ceil(rows, how.rows) * _ceil(columns, how.columns)
+    drawn = inner * (a_bytes * how.rows + 4 * how.columns) + 4 * results * how.rows * how.columns
+    moved = inner * (a_bytes * rows + 4 * columns) + 4 * results * rows * columns
+    return Launch(programs, how.rows * how.columns * _ceil(inner, how.inner) * how.inner, drawn, moved, how.precision)
+
+
+def fused(shape: Shape, device: Device) -> Cost:
+    """A step of `fused.py`: 2 L + 1 launches for L layers, one more where a softmax row is wider than a tile."""
+    n_in, n_out, *suffix = shape.widths
+    batch, outputs, x_bytes = shape.batch, shape.widths[-1], shape.x_dtype.itemsize
+    launches = []
+    for i, (k, n) in enumerate(pairwise(shape.widths)):
+        how = tiling.step_product(n, k, shape.precision)
+        launches.append(_product(batch, n, k, how, 4 if i else x_bytes, results=2))
+        wide_softmax = shape.loss == losses.CROSS_ENTROPY and n > how.columns
+    if wide_softmax:
+        launches.append(Launch(batch, 0, 20 * outputs, 20 * batch * outputs))
+    for k, n in reversed(list(pairwise((n_out, *suffix)))):
+        launches.append(_product(batch, k, n, tiling.step_product(k, n, shape.precision), results=2))
+    how = tiling.gradient_product(n_out, n_in, shape.x_dtype, shape.precision)
+    gradient = _product(n_out, n_in, batch, how)
+    launches.append(gradient)
+    update_tiles = _ceil(n_out, tiling.UPDATE_OUT) * _ceil(n_in, tiling.UPDATE_IN)
+    programs = min(update_tiles, tiling.UPDATE_PROGRAMS)
+    each = 20 if shape.momentum else 12  # G and W read, W written; the velocity read and written
+    drawn = _ceil(update_tiles, programs) * tiling.UPDATE_OUT * tiling.UPDATE_IN * each + 4 * gradient.programs
+    launches.append(Launch(programs, 0, drawn, each * n_in * n_out))
+    return _total(launches, _working_set(shape, 3 if shape.momentum else 2), device)
+
+
+# A library's product is taken to spread evenly over the whole device, with tiles of this size: its best case.
+LIBRARY_TILE = 128
+
+
+def _library_product(rows: int, columns: int, inner: int, shape: Shape, device: Device) -> Launch:
+    """A library's product. Its precision switch knows no bfloat16: medium is tf32 there too."""
+    passes = rows * inner * _ceil(columns, LIBRARY_TILE) + inner * columns * _ceil(rows, LIBRARY_TILE) + rows * columns
+    moved = 4 * (rows * inner + inner * columns + rows * columns)
+    precision = "ieee" if shape.precision == "highest" else "tf32"
+    programs = device.multiprocessors
+    return Launch(programs, rows * columns * inner / programs, 4 * passes / programs, moved, precision)
+
+
+def _elementwise(numbers: float, device: Device) -> Launch:
+    """A kernel that reads and writes so many float32 numbers together."""
+    return Launch(device.multiprocessors, 0, 4 * numbers / device.multiprocessors, 4 * numbers)
+
+
+def _library_chain(shape: Shape, device: Device) -> list[Launch]:
+    """Forward and back to D with a library's products: x gathered, then for each layer a product and an epilogue."""
+    n_in, n_out, *suffix = shape.widths
+    batch = shape.batch
+    launches = [_elementwise(2 * batch * n_in, device)]
+    for k, n in pairwise(shape.widths):
+        launches += [_library_product(batch, n, k, shape, device), _elementwise(3 * batch * n, device)]
+    for k, n in pairwise((n_out, *suffix)):
+        launches += [_library_product(batch, k, n, shape, device), _elementwise(3 * batch * k, device)]
+    return launches
+
+
+def streamed(shape: Shape, device: Device) -> Cost:
+    """A step with a library's products and no G: the norm from Gram matrices, then one rank-b update of W in place.
+
+    W is read forward, and read and written once by the update; with momentum the velocity takes the rank-b update, and W
+    follows it.
+    """
+    n_in, n_out, *_ = shape.widths
+    batch = shape.batch
+    launches = _library_chain(shape, device)
+    launches += [_library_product(batch, batch, width, shape, device) for width in (n_in, n_out)]
+    launches += [_elementwise(2 * batch * batch, device), _elementwise(2 * batch * n_out, device)]
+    update, weight = _library_product(n_out, n_in, batch, shape, device), 4 * n_in * n_out  # which is read besides
+    launches.append(update._replace(drawn=update.drawn + weight / update.programs, moved=update.moved + weight))
+    if shape.momentum:
+        launches.append(_elementwise(3 * n_in * n_out, device))
+    launches += [_elementwise(3 * n_out, device)] * shape.bias
+    return _total(launches, _working_set(shape, 2 if shape.momentum else 1), device)
+
+
+def plain(shape: Shape, device: Device) -> Cost:
+    """The plain composition, for comparison: a library's products, G, and torch's elementwise kernels, in a CUDA graph.
+
+    Beside the chain: the gathered target, g(z) of each layer, the loss and its residual, G and its bias, the norms and
+    their sum, and the updates.
+    """
+    n_in, n_out, *_ = shape.widths
+    batch, outputs, weight = shape.batch, shape.widths[-1], n_in * n_out
+    launches = _library_chain(shape, device)
+    launches += [_elementwise(2 * batch * n, device) for n in shape.widths[1:]]
+    launches += [_elementwise(count * batch * outputs, device) for count in (2, 2, 3)]
+    launches += [_library_product(n_out, n_in, batch, shape, device), _elementwise(weight, device)]
+    launches += [_elementwise((6 if shape.momentum else 3) * weight, device)]
+    launches += [_elementwise(batch * n_out, device), _elementwise(n_out, device), _elementwise(3 * n_out, device)] * shape.bias
+    launches += [_elementwise(2, device)]
+    return _total(launches, _working_set(shape, 3 if shape.momentum else 2), device)

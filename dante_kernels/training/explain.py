@@ -1,0 +1,157 @@
+"""`explain`: which GPU plan each layer of a model gets, why, and what a step of it takes by the cost model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .. import losses, network
+from ..ops import backends
+from ..ops.checks import number
+from .fit import PRECISIONS, _device, _whole
+
+if TYPE_CHECKING:
+    from ..kernels import plan
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer as the active one: its place and widths, and the plan of its passes; None where it is frozen.
+
+    ``launched`` is the modelled time of a step in a pass that no CUDA graph replays, such as the first one.
+    """
+
+    layer: int
+    name: str
+    n_in: int
+    n_out: int
+    choice: plan.Choice | None
+    launched: float
+
+    @property
+    def how(self) -> str:
+        """Programs and their tiles, or launches."""
+        assert self.choice is not None
+        tiles = self.choice.tiles
+        if tiles is None:
+            return f"{self.choice.launches} launches a step"
+        return f"{tiles.split_out} x {tiles.split_in} programs of {tiles.units} x {tiles.num_warps * tiles.inputs} weights"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; as a string, the table.
+
+    Attributes:
+        layers: a `LayerPlan` for each layer.
+        samples_per_second: rows of a mini-batch over the modelled time of one step on every trained layer; None where
+            nothing is trained. Modelled, not measured.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    samples_per_second: float | None
+    heading: str
+    served_by: str
+
+    def __str__(self) -> str:
+        rows = [("layer", "n_in x n_out", "plan", "how", "us a step", "without graph", "limit")]
+        reasons = []
+        for layer in self.layers:
+            cells = (f"{layer.layer} ({layer.name})", f"{layer.n_in} x {layer.n_out}")
+            if layer.choice is None:
+                rows.append((*cells, "frozen", "", "", "", ""))
+                continue
+            times = (f"{layer.choice.microseconds:.1f}", f"{layer.launched:.1f}")
+            rows.append((*cells, layer.choice.plan, layer.how, *times, layer.choice.limit))
+            reasons.append(f"layer {layer.layer}: {layer.choice.plan}, since {layer.choice.why}")
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        rate = []
+        if self.samples_per_second is not None:
+            rate = [f"a round, one pass of each layer without its prefix: {self.samples_per_second:,.0f} samples/s, modelled"]
+        return "\n".join([self.heading, "", *table, "", *reasons, *rate, self.served_by])
+
+    __repr__ = __str__
+
+
+def explain(
+    model: nn.Module,
+    batch_size: int,
+    *,
+    loss: str = "mse",
+    momentum: float = 0.0,
+    precision: str | None = None,
+    device: torch.device | str | None = None,
+) -> Explanation:
+    """Say which GPU plan each layer of a model gets when it is trained, why, and what it takes by the cost model.
+
+    Nothing is run, and no time in it is measured. Where the device is no CUDA device, the plans are those of an H200.
+    The environment variable DANTE_GPU_PLAN is heeded.
+
+    Args:
+        model: as for `fit`; not changed. Weights on the meta device will do.
+        batch_size: rows in a mini-batch, at least 1; x is taken to be float32.
+        loss: as for `fit`.
+        momentum: as for `fit`.
+        precision: ``"highest"``, ``"high"`` or ``"medium"``; None takes what is set in torch.
+        device: where the model would be trained; None takes where it is.
+
+    Returns:
+        The `Explanation`, whose str is a table: print it.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+        ImportError: where triton is not installed, without which there are no GPU plans.
+
+    Source: docs/plans.md.
+
+    >>> model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
+    >>> [layer.choice.plan for layer in explain(model, 20).layers]
+    ['persistent', 'persistent']
+    """
+    net = network.from_module(model, loss)
+    code = losses.code(loss)
+    batch = _whole("batch_size", batch_size, low=1)
+    velocity = number("momentum", momentum)
+    if not 0 <= velocity < 1:
+        raise ValueError(f"momentum: expected a number from 0 to below 1, got {velocity}")
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    where = net.layers[0].weight.device if device is None else _device(device)
+    try:
+        from ..kernels import plan
+    except ModuleNotFoundError as error:
+        raise ImportError("explain: expected triton, whose kernels the GPU plans are made of, got no such module") from error
+
+    gpu = plan.device_of(where)
+    switch = precision or torch.get_float32_matmul_precision()
+    widths, wanted = net.widths, os.environ.get(plan.ENVIRONMENT_VARIABLE, "auto")
+    layers = []
+    for i, (n_in, n_out) in enumerate(pairwise(widths)):
+        bias = net.layers[i].bias is not None
+        shape = plan.Shape(tuple(widths[i:]), batch, code, bias, velocity > 0, torch.float32, switch)
+        choice = plan.choose(shape, gpu, gpu.multiprocessors, wanted) if net.trainable[i] else None
+        launched = 0.0 if choice is None else max(choice.microseconds, choice.launches * gpu.host_launch)
+        layers.append(LayerPlan(i, net.names[i], n_in, n_out, choice, launched))
+    times = [layer.choice.microseconds for layer in layers if layer.choice is not None]
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else "an H200"
+    chain = "-".join(map(str, widths))
+    return Explanation(
+        tuple(layers),
+        batch * 1e6 / sum(times) if times else None,
+        f"{chain}, {loss}, batch {batch}, precision {switch}: modelled for {name}, not measured",
+        _served_by(where, net.layers[0].weight.dtype),
+    )
+
+
+def _served_by(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type not in ("cpu", "cuda"):
+        return f"on {device} nothing is trained"
+    name = backends.serving("auto", device, dtype)
+    note = "" if device.type == "cuda" else ", interpreted, in one program"
+    return f"on {device} the backend {name} serves" + (note if name == "triton" else ", which has no such plans")

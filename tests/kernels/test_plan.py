@@ -1,0 +1,166 @@
+"""The cost model and the plan that it chooses: pure arithmetic, no kernel runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from dante_kernels import losses
+from dante_kernels.kernels import cost, plan, tiling
+from dante_kernels.kernels.plan import H200, Shape
+
+ROOT = Path(__file__).parent.parent.parent
+MODELS = {"fused": cost.fused, "streamed": cost.streamed, "plain": cost.plain}
+
+
+def choose(widths, batch, *, most_programs=132, wanted="auto", **rest) -> plan.Choice:
+    return plan.choose(Shape(tuple(widths), batch, **rest), H200, most_programs, wanted)
+
+
+def tiles_of(shape: Shape) -> list[tiling.Tiles]:
+    """The fused step's tiles, which depend on the widths."""
+    pairs = list(itertools.pairwise(shape.widths))
+    forward = [tiling.step_product(n, k, shape.precision) for k, n in pairs]
+    backward = [tiling.step_product(k, n, shape.precision) for k, n in pairs[1:]]
+    return [*forward, *backward, tiling.gradient_product(*reversed(shape.widths[:2]), shape.x_dtype, shape.precision)]
+
+
+GROWING = [1, 2, 7, 8, 31, 32, 33, 127, 128, 129, 500, 783, 784, 785, 1000, 1500, 2047, 2048, 2049, 4000, 12288]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_more_rows_or_weights_are_never_faster_with_the_same_tiles(name, momentum, precision):
+    for vary, base in itertools.product(range(4), ((784, 100, 10), (3072, 512, 40), (12288, 3072, 200))):
+        previous = None
+        for size in GROWING:
+            widths, batch = list(base), 100
+            if vary < 3:
+                widths[vary] = size
+            else:
+                batch = size
+            shape = Shape(tuple(widths), batch, momentum=momentum, precision=precision)
+            found = MODELS[name](shape, H200)
+            if previous is not None and (name != "fused" or tiles_of(shape) == tiles_of(previous[0])):
+                assert found.microseconds >= previous[1] - 1e-9, (shape, previous)
+            previous = shape, found.microseconds
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_longest_part_is_the_limit(name):
+    small, large = Shape((784, 100, 10), 20), Shape((12288, 3072, 10), 20, precision="medium")
+    assert MODELS[name](small, H200).limit == "launches"
+    endless = H200._replace(launch=0.0, l2=1e9, l2_per_multiprocessor=1e9)
+    assert MODELS[name](large, endless).limit == "memory"
+    assert MODELS[name](large, endless._replace(l2_bytes=10**12, memory=1e9)).limit == "arithmetic"
+    assert MODELS[name](large, H200._replace(launch=0.0, l2_bytes=10**12, bf16=1e9, tf32=1e9)).limit == "L2"
+
+
+def test_a_wave_more_takes_a_wave_longer():
+    """133 programs on 132 multiprocessors take twice as long as 132."""
+    one, two = (cost._total([cost.Launch(programs, 1e6, 0, 0)], 0, H200).microseconds for programs in (132, 133))
+    assert two - H200.launch == pytest.approx(2 * (one - H200.launch))
+
+
+@pytest.mark.parametrize(("widths", "loss"), [((784, 100, 10), 0), ((784,), 0), ((60, 784), 1), ((40, 30, 20, 10), 0)])
+def test_the_model_counts_the_launches_that_are_made(widths, loss, monkeypatch):
+    from support import LOSSES, make_problem
+
+    from dante_kernels import kernels
+    from dante_kernels.kernels import launcher
+    from dante_kernels.ops.layer import flatten
+
+    launched = []
+    monkeypatch.setattr(launcher, "launch", lambda kernel, grid, *args, **options: launched.append(grid))
+    p = make_problem(seed=0, rows=5, n_in=70, widths=widths, loss=LOSSES[loss])
+    monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, "fused")
+    kernels.sngd_epoch_(p.weight, p.bias, p.x, p.target, None, 5, *flatten(p.suffix, p.activation), loss, torch.tensor(0.1))
+    found = choose((70, *widths), 5, loss=loss, wanted="fused")
+    assert found.launches == len(launched)
+
+
+def test_small_layers_stay_on_chip_and_large_ones_do_not():
+    assert choose((784, 100, 10), 20).plan == "persistent"
+    assert choose((784, 100, 10), 20).limit == "barriers"
+    assert choose((12288, 3072, 1536, 768, 384, 200), 20).plan == "fused"
+    assert choose((12288, 3072, 1536, 768, 384, 200), 100, precision="high").limit in ("L2", "memory")
+
+
+def test_a_plan_that_serves_but_is_slower_is_not_chosen(monkeypatch):
+    slow = plan.persistent([784, 100, 10], 20, False, False, 132)._replace(microseconds=1e3)
+    monkeypatch.setattr(plan, "persistent", lambda *args: slow)
+    found = plan.choose.__wrapped__(Shape((784, 100, 10), 20), H200, 132)
+    assert found.plan == "fused"
+    assert found.tiles is None
+    assert "persistent would take 1000.0 us" in found.why
+
+
+def test_every_choice_serves_what_is_asked():
+    everything = itertools.product(
+        ((784, 100, 10), (64, 10), (784, 400), (12288, 3072, 10), (50, 40, 30, 20), (70, 10, 100)),
+        (1, 20, 64, 65, 500), losses.CODES.values(), (False, True), (torch.float32, torch.bfloat16), (1, 40, 132),
+    )  # fmt: skip
+    plans = set()
+    for widths, batch, loss, momentum, x_dtype, most in everything:
+        found = choose(widths, batch, loss=loss, momentum=momentum, x_dtype=x_dtype, most_programs=most)
+        plans.add(found.plan)
+        assert found.plan in plan.SERVED
+        assert found.limit in cost.LIMITS
+        assert found.microseconds > 0
+        assert (found.tiles is not None) == (found.plan == "persistent") == (found.launches == 0)
+        if found.tiles is not None:
+            asked = (list(widths), batch, loss == losses.CROSS_ENTROPY, momentum, most)
+            assert found.tiles == plan.persistent(*asked)
+    assert plans == set(plan.SERVED)
+
+
+REASONS = [
+    ((784, 400, 200, 10), 20, {}, "2 layers after it > 1"),
+    ((784, 100, 70), 20, {}, "next layer's width 70 > 64"),
+    ((12288, 3072, 10), 20, {}, "W does not fit the registers of 132 programs"),
+    ((784, 100, 10), 20, {"most_programs": 3}, "W does not fit the registers of 3 programs"),
+    ((784, 640, 10), 20, {"momentum": True, "most_programs": 60}, "W and its velocity do not fit the registers of 60 programs"),
+    ((20, 100), 20, {"loss": losses.CROSS_ENTROPY}, "a softmax row of 100 must lie in one program"),
+]
+
+
+@pytest.mark.parametrize(("widths", "batch", "rest", "reason"), REASONS, ids=[r[-1] for r in REASONS])
+def test_the_reason_names_what_stands_against_the_persistent_plan(widths, batch, rest, reason):
+    found = choose(widths, batch, **rest)
+    assert found.plan == "fused"
+    assert f"persistent does not serve: {reason}" in found.why
+    with pytest.raises(ValueError, match="the persistent plan cannot serve this pass: .*" + reason.split(" >")[0]):
+        choose(widths, batch, wanted="persistent", **rest)
+
+
+def test_what_is_wanted_is_taken_and_what_is_unknown_refused():
+    assert choose((784, 100, 10), 20, wanted="fused").why == "DANTE_GPU_PLAN names it"
+    with pytest.raises(ValueError, match="DANTE_GPU_PLAN: expected one of auto, persistent, fused, got 'fast'"):
+        choose((784, 100, 10), 20, wanted="fast")
+
+
+def test_a_faster_plan_that_is_not_there_is_named():
+    found = choose((12288, 3072, 1536, 768, 384, 200), 100, precision="high")
+    assert "streamed would take" in found.why
+    assert "plain library products would take" in found.why
+    assert "streamed" not in choose((784, 100, 10), 20).why
+
+
+def test_a_plan_is_switched_on_in_one_place(monkeypatch):
+    monkeypatch.setattr(plan, "SERVED", (*plan.SERVED, "streamed"))
+    found = plan.choose.__wrapped__(Shape((12288, 3072, 10), 20, precision="high"), H200, 132)
+    assert found.plan == "streamed"
+    assert "fused would take" in found.why
+    assert "built in" not in found.why
+
+
+def test_the_table_in_the_docs_is_what_the_model_says():
+    spec = importlib.util.spec_from_file_location("plan_table", ROOT / "bench" / "plan_table.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert "\n".join(script.lines()) in (ROOT / "docs" / "plans.md").read_text(), "run python bench/plan_table.py"
