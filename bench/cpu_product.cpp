@@ -1,6 +1,6 @@
 // What one core can do, and what the product of csrc/cpu/gemm.h gets out of it, as one line of JSON: "peak", the GFLOP/s of
 // independent chains of fused multiply-adds, and for some shapes the GFLOP/s of a step's two products, alone.
-// Compiled and run by cpu_epoch.py.
+// Compiled and run by limits.py.
 #include <chrono>
 #include <cstdio>
 

@@ -1,0 +1,150 @@
+"""Steps and passes: every method is checked against its float64 truth, and only what is right is timed, interleaved."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import limits, workloads
+from .peers import Layers, Method, NotHere, Problem
+from .workloads import OURS, Workload
+
+Row = dict[str, Any]
+STEPS_IN_A_SAMPLE = 50
+NOISY = 0.15  # (p80 - p20) / median beyond which a row is marked
+# Distance from the float64 result over the distance that training went, by torch's float32_matmul_precision. What was seen in
+# "highest" is below 1e-4; a step left out or a norm without the bias is far above 1e-2.
+TOLERANCE = {"highest": 1e-3, "high": 0.05, "medium": 0.3}
+
+
+def error_of(got: Layers, exact: Layers, start: Layers) -> float:
+    """Distance between two results, in parts of the way from the start to the second."""
+
+    def distance(one: Layers, other: Layers) -> float:
+        pairs = [(a.double().cpu(), b.double().cpu()) for p, q in zip(one, other, strict=True) for a, b in zip(p, q, strict=True)]
+        return float(torch.stack([(a - b).square().sum() for a, b in pairs]).sum().sqrt())
+
+    return distance(got, exact) / distance(exact, start)
+
+
+def one_sample(kind: str, method: Method, order: Tensor, steps: int = STEPS_IN_A_SAMPLE) -> float:
+    """Seconds of one round, or of one step (the mean of many on the first mini-batch), from the start's weights."""
+    p = method.problem
+    method.reset()
+    method.wait()
+    if kind == "pass":
+        begin = time.perf_counter()
+        method.round(order)
+        method.wait()
+        return time.perf_counter() - begin
+    rows = order[: p.batch]
+    x, y, one_hot = p.x[rows], p.y[rows], p.one_hot[rows]
+    begin = time.perf_counter()
+    for _ in range(steps):
+        method.step(x, y, one_hot)
+    method.wait()
+    return (time.perf_counter() - begin) / steps
+
+
+def interleave(samples: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """`repeats` samples of each after one that does not count, in turn, and in every turn another one first."""
+    names = list(samples)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(repeats + 1):
+            first = turn % max(1, len(names))
+            for name in names[first:] + names[:first]:
+                value = samples[name]()
+                if turn:
+                    seconds[name].append(value)
+    finally:
+        gc.enable()
+    return seconds
+
+
+def summary(seconds: list[float]) -> Row:
+    """Median, p20, p80 and whether they are too far apart to be believed."""
+    p20, *_, p80 = statistics.quantiles(seconds, n=5)
+    median = statistics.median(seconds)
+    spread = (p80 - p20) / median
+    return {"median": median, "p20": p20, "p80": p80, "spread": spread, "noisy": spread > NOISY, "repeats": len(seconds)}
+
+
+def checked(kind: str, name: str, place: str, problem: Problem, order: Tensor, truths: dict[str, Layers]) -> tuple[Row, Method | None]:
+    """(status, note and error of a method, the method where it may be timed); one run of it, so it is warm then."""
+    try:
+        method = workloads.make(place, problem)
+        p = method.problem
+        one_sample(kind, method, order)
+        if method.family not in truths:
+            exact = workloads.truth(method.family, p)
+            one_sample(kind, exact, order)
+            truths[method.family] = exact.layers()
+        error = error_of(method.layers(), truths[method.family], p.start)
+    except NotHere as reason:
+        return {"status": "not here", "note": str(reason)}, None
+    except Exception as failure:  # a peer that breaks is a row of the table, and no reason to lose the others
+        return {"status": "failed", "note": " ".join(f"{type(failure).__name__}: {failure}".split())[:200]}, None
+    if not error <= TOLERANCE[torch.get_float32_matmul_precision()]:
+        note = f"{error:.2g} of the way away from the float64 result; not timed"
+        return {"status": "wrong result", "note": note, "error": error}, None
+    return {"status": "timed", "error": error, "rate": p.rate, "family": method.family}, method
+
+
+@functools.cache
+def latency_of_a_step(kind: str, layers: int, device: torch.device) -> float | None:
+    """Seconds of our kernels' step where there is next to nothing to compute; None where they cannot run."""
+    tiny = Workload((2,) * (layers + 1), batch=1, rows=500)
+    problem, order = workloads.random_problem(tiny, device)
+    try:
+        method = workloads.make(workloads.METHODS[OURS], problem)
+    except NotHere:
+        return None
+    samples = [one_sample(kind, method, order) for _ in range(5)]
+    return statistics.median(samples) / limits.steps(kind, tiny, "sngd")
+
+
+def compare(
+    kind: str, workload: Workload, device: torch.device, names: list[str], repeats: int, known: limits.Limits, cold: bool = False
+) -> Iterator[Row]:
+    """One row for each method. With `cold`, the GPU's L2 cache is swept before every sample, which is one step then."""
+    problem, order = workloads.random_problem(workload, device)
+    truths: dict[str, Layers] = {}
+    rows: dict[str, Row] = {}
+    methods: dict[str, Method] = {}
+    for name in names:
+        rows[name], method = checked(kind, name, workloads.METHODS[name], problem, order, truths)
+        if method is not None:
+            methods[name] = method
+    sweep = torch.empty(2 * limits.cache_bytes(device) // 4, device=device) if cold else None
+
+    def sample(method: Method) -> float:
+        if sweep is None:
+            return one_sample(kind, method, order)
+        sweep.zero_()
+        return one_sample(kind, method, order, steps=1)
+
+    seconds = interleave({name: lambda m=method: sample(m) for name, method in methods.items()}, repeats)
+    regime = limits.regime(kind, workload, device, known, latency_of_a_step(kind, workload.layers, device))
+    for name, row in rows.items():
+        head = {
+            "kind": kind, "net": workload.net, "batch": workload.batch, "rows": workload.rows, "method": name,
+            "work": workload.what if kind == "pass" else "one step", "cache": "cold" if cold else "warm", "regime": regime,
+        }  # fmt: skip
+        if name in methods:
+            family = row.pop("family")
+            row |= summary(seconds[name])
+            row["samples_per_second"] = limits.visits(kind, workload, family) / row["median"]
+            row["limit_fraction"] = limits.fraction(kind, workload, family, device, known, row["median"])
+            if OURS in methods:
+                row["ratio"] = statistics.median(a / b for a, b in zip(seconds[name], seconds[OURS], strict=True))
+        yield head | row
