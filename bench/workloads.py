@@ -40,6 +40,10 @@ class Workload(NamedTuple):
             return "first layer"
         return "every layer" if self.epochs == 1 else f"every layer, T = {self.epochs}"
 
+    def methods(self, kind: str) -> list[str]:
+        """Those that do this work: a pass over some of the layers only is nothing for SGD."""
+        return list(ALTERNATING if kind == "pass" and self.trained < self.layers else METHODS)
+
     def sized(self, rows: int) -> Workload:
         """With about so many rows, fewer for wide inputs, and whole mini-batches."""
         rows = rows if self.widths[0] < 3000 else rows // 4
@@ -57,11 +61,10 @@ PASSES = [
     Workload((784, 400, 200, 10), 100, trained=3),
 ]
 STEPS = [Workload((784, 100, 10), batch) for batch in (20, 100, 500)] + [Workload((784, 400, 200, 10), 100)]
-QUICK_PASSES = [Workload((20, 16, 10), 10, trained=2)]
-QUICK_STEPS = [Workload((20, 16, 10), 10)]
+QUICK = Workload((20, 16, 10), 10, trained=2)
 
 OURS = "dante"
-METHODS = {  # name: module of bench.peers, class
+ALTERNATING = {  # name: module of bench.peers, class
     OURS: "ours:Operators",
     "dante, fused plan": "ours:FusedPlan",
     "dk.fit": "ours:Fit",
@@ -69,6 +72,8 @@ METHODS = {  # name: module of bench.peers, class
     "torch.compile SNGD": "torch_compiled:CompiledSngd",
     "CUDA graph SNGD": "cuda_graph:GraphedSngd",
     "JAX scan SNGD": "jax_scan:ScanSngd",
+}
+JOINT = {  # these train all layers at once
     "torch SGD": "torch_autograd:Autograd",
     "torch SGD, foreach": "torch_autograd:ForeachSgd",
     "torch SGD, fused": "torch_autograd:FusedSgd",
@@ -82,6 +87,7 @@ METHODS = {  # name: module of bench.peers, class
     "torch RMSProp, foreach": "torch_autograd:Rmsprop",
     "scikit-learn MLP": "sklearn_mlp:Mlp",
 }
+METHODS = ALTERNATING | JOINT
 TRUTHS = {  # family: its plainest form, to be run in float64
     "sngd": "torch_plain:PlainSngd",
     "sgd": "torch_autograd:Autograd",
@@ -103,6 +109,13 @@ RATES = {
     "mlp": (0.03, 0.1, 0.3, 1.0, 3.0),
 }
 PACKAGES = {"jax_scan": "jax", "sklearn_mlp": "sklearn"}  # what a peer needs beside torch
+
+
+def of(kind: str, quick: bool) -> list[Workload]:
+    """Those of a kind: step or pass."""
+    if quick:
+        return [QUICK]
+    return STEPS if kind == "step" else PASSES
 
 
 def method_class(place: str) -> type[Method]:

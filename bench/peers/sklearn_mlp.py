@@ -45,15 +45,15 @@ class Mlp(Method):
             p.widths[1:-1], solver="sgd", momentum=0, alpha=0, learning_rate_init=p.rate, batch_size=p.batch, tol=0,
             max_iter=p.epochs, n_iter_no_change=2**31, shuffle=False, warm_start=True,
         )  # fmt: skip
-        rows = np.zeros((len(classes), self.x.shape[1]), self.x.dtype)
-        self.model.partial_fit(rows, classes, classes)  # makes the arrays that the start then takes the place of
+        rows = np.zeros((p.batch, self.x.shape[1]), self.x.dtype)
+        self.model.partial_fit(rows, self.y[: p.batch], classes=classes)  # makes the arrays whose place the start takes
         self.model.coefs_ = [np.ascontiguousarray(w.numpy().T) for w, _ in p.start]
         self.model.intercepts_ = [b.numpy().copy() for _, b in p.start]
 
     def round(self, order: Tensor) -> None:
         rows = order.numpy()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is what is asked for
             self.model.fit(self.x[rows], self.y[rows])
 
     def layers(self) -> Layers:
