@@ -63,7 +63,8 @@ class Side:
 
     def ask(self, *request: Any) -> Any:
         """The answer of `serve`; RuntimeError where the process says what is wrong, or is gone."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()

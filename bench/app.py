@@ -9,6 +9,7 @@ OUTPUT/bench-*.json and .csv. Ratios are a method's time over that of dante's op
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from typing import Any
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("step", "pass", "quality")
+DATA = ("digits", "mnist", "fashion-mnist", "kmnist")
 PRECISIONS = ("highest", "high", "medium")
 
 
@@ -35,12 +37,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, metavar="DIR", default=ROOT / "bench" / "results", help="default: bench/results")
     p.add_argument("--methods", metavar="TEXT", help="only methods with one of these texts, separated by ;, and dante")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
-    p.add_argument("--threads", type=int, nargs="+", default=[1], help="on the CPU: processes bound to so many cores; default 1")
+    p.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="on the CPU: processes bound to so many cores; default 1"
+    )
     p.add_argument("--isa", choices=("avx512", "avx2", "generic"), help="instruction set of the C++ kernels")
     p.add_argument("--precision", choices=PRECISIONS, default="highest", help="torch's float32_matmul_precision")
     p.add_argument("--rows", type=int, default=6000, help="rows of a pass; a quarter of it for wide nets")
     p.add_argument("--repeats", type=int, default=9, help="samples of each row; seeds of a time to quality")
-    p.add_argument("--data", default="digits", help="for quality: digits, mnist, fashion-mnist or kmnist")
+    p.add_argument("--data", choices=DATA, default="digits", help="for quality; default digits")
     p.add_argument("--data-dir", type=Path, help="directory of its IDX files")
     p.add_argument("--rounds", type=int, default=15, help="for quality: rounds at most")
     p.add_argument("--target", type=float, help="for quality: the test accuracy, such as 0.97; default by data set")
@@ -53,13 +57,14 @@ def main(arguments: list[str]) -> int:
     p = parser()
     a = p.parse_args(arguments)
     if a.child:
-        measure_here(json.loads(a.child))
-        return 0
+        return measure_here(json.loads(a.child))
     unknown = [kind for kind in a.kinds if kind not in KINDS]
     if unknown:
         p.error(f"KIND: expected step, pass or quality, got {unknown[0]!r}")
     if bool(a.kinds) + a.scaling + bool(a.against) + bool(a.plot) > 1:
         p.error("expected kinds, --scaling, --against or --plot, got more than one of them")
+    if a.pictures and importlib.util.find_spec("matplotlib") is None:
+        p.error('--pictures: needs matplotlib: pip install "dante_kernels[bench]"')
     if a.plot:
         if not a.pictures:
             p.error("--plot: goes with --pictures DIR")
@@ -172,11 +177,14 @@ def child(settings: Row) -> Iterator[Row]:
                 print(f"{row['kind']} {row['net']} batch {row['batch']}: {row['method']}: {row['status']}", file=sys.stderr)
             yield message
     if process.returncode:
-        raise SystemExit(f"dante bench: the measuring process ended with status {process.returncode}")
+        raise SystemExit(process.returncode)
 
 
-def measure_here(settings: Row) -> None:
-    """Be a measuring process: bind to the cores, then write messages to stdout, where nothing else may write."""
+def measure_here(settings: Row) -> int:
+    """Be a measuring process: bind to the cores, then write messages to stdout, where nothing else may write.
+
+    Gives the exit status: 2, with one line on stderr, where the data set cannot be had.
+    """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -197,8 +205,13 @@ def measure_here(settings: Row) -> None:
         from . import against
 
         against.serve(sys.stdin, send, device, settings["quick"], settings["rows"])
-        return
-    measure_rows(settings, device, send)
+        return 0
+    try:
+        measure_rows(settings, device, send)
+    except (OSError, ImportError, ValueError) as error:
+        print(f"dante bench: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def measure_rows(settings: Row, device: Any, send: Callable[[Row], None]) -> None:
@@ -236,5 +249,7 @@ def measure_rows(settings: Row, device: Any, send: Callable[[Row], None]) -> Non
             for cold in (False, True) if kind == "step" and device.type == "cuda" else (False,):
                 for workload in workloads.of(kind, settings["quick"]):
                     sized = workload.sized(settings["rows"])
-                    for row in measure.compare(kind, sized, device, wanted(sized.methods(kind)), settings["repeats"], known, cold):
+                    for row in measure.compare(
+                        kind, sized, device, wanted(sized.methods(kind)), settings["repeats"], known, cold
+                    ):
                         send({"row": shared | row})

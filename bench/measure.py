@@ -28,7 +28,9 @@ def error_of(got: Layers, exact: Layers, start: Layers) -> float:
     """Distance between two results, in parts of the way from the start to the second."""
 
     def distance(one: Layers, other: Layers) -> float:
-        pairs = [(a.double().cpu(), b.double().cpu()) for p, q in zip(one, other, strict=True) for a, b in zip(p, q, strict=True)]
+        pairs = [
+            (a.double().cpu(), b.double().cpu()) for p, q in zip(one, other, strict=True) for a, b in zip(p, q, strict=True)
+        ]
         return float(torch.stack([(a - b).square().sum() for a, b in pairs]).sum().sqrt())
 
     return distance(got, exact) / distance(exact, start)
@@ -79,7 +81,9 @@ def summary(seconds: list[float]) -> Row:
     return {"median": median, "p20": p20, "p80": p80, "spread": spread, "noisy": spread > NOISY, "repeats": len(seconds)}
 
 
-def checked(kind: str, name: str, place: str, problem: Problem, order: Tensor, truths: dict[str, Layers]) -> tuple[Row, Method | None]:
+def checked(
+    kind: str, name: str, place: str, problem: Problem, order: Tensor, truths: dict[str, Layers]
+) -> tuple[Row, Method | None]:
     """(status, note and error of a method, the method where it may be timed); one run of it, so it is warm then."""
     try:
         method = workloads.make(place, problem)
@@ -114,7 +118,13 @@ def latency_of_a_step(kind: str, layers: int, device: torch.device) -> float | N
 
 
 def compare(
-    kind: str, workload: Workload, device: torch.device, names: list[str], repeats: int, known: limits.Limits, cold: bool = False
+    kind: str,
+    workload: Workload,
+    device: torch.device,
+    names: list[str],
+    repeats: int,
+    known: limits.Limits,
+    cold: bool = False,
 ) -> Iterator[Row]:
     """One row for each method. With `cold`, the GPU's L2 cache is swept before every sample, which is one step then."""
     problem, order = workloads.random_problem(workload, device)

@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-# Colours of the kinds of method, apart for the colour-blind too (Okabe and Ito); within a kind, lines differ in dashes.
-COLOURS = {"dante": "#0072B2", "dk.fit": "#0072B2", "JAX": "#D55E00", "torch": "#555555", "scikit": "#CC79A7", "CUDA": "#009E73"}
-DASHES = ("-", "--", ":", "-.")
+# Colours of the bars and dashes of the lines by the first words of a method's name.
+COLOURS = {
+    "dante": "#0072B2",
+    "dk.fit": "#0072B2",
+    "JAX": "#D55E00",
+    "torch": "#555555",
+    "scikit": "#CC79A7",
+    "CUDA": "#009E73",
+}
+DASHES = {"dk.fit": "-.", "JAX": "--", "torch.compile": (0, (6, 2)), "torch": ":", "CUDA": (0, (1, 3))}
 
 
 def colour(method: str) -> str:
@@ -64,7 +71,8 @@ def ratios(rows: list[Row]) -> Any:
         axis.invert_yaxis()
     for axis in list(figure.axes)[len(groups) :]:
         axis.remove()
-    figure.supxlabel(f"time over that of dante's operators (above 1: dante is faster); {rows[0]['device']}, {rows[0]['date'][:10]}", fontsize=8)
+    where = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
+    figure.supxlabel(f"time over that of dante's operators\n(above 1: dante is faster); {where}", fontsize=8)
     return figure
 
 
@@ -76,13 +84,15 @@ def losses(curves: list[Row]) -> Any:
     left, right = figure.subplots(1, 2, sharey=True)
     first = {c["family"]: c for c in reversed(curves) if c["family"] != "mlp"}  # one line a family: they update alike
     for i, c in enumerate(reversed(first.values())):
-        style = {"label": f"{c['family'].upper()}, rate {c['rate']:g}", "color": f"C{i}", "linestyle": DASHES[i % len(DASHES)]}
-        left.plot([p["weights_updated"] for p in c["points"]], [p["loss"] for p in c["points"]], **style)
-    shown = [c for c in curves if c["family"] != "mlp"]
-    for i, c in enumerate(shown):
-        style = {"label": c["method"], "color": f"C{i % 10}", "linestyle": DASHES[i // 10 % len(DASHES)], "linewidth": 1.2}
-        right.plot([p["seconds"] for p in c["points"]], [p["loss"] for p in c["points"]], **style)
-    left.set(xlabel="weights updated, each change counted", ylabel="test loss (MSE)", yscale="log")
+        style = {"label": f"{c['family']}, rate {c['rate']:g}", "color": f"C{i}"}
+        left.plot([p["weights_updated"] / 1e6 for p in c["points"]], [p["loss"] for p in c["points"]], **style)
+    for c in curves:
+        if c["family"] in first:
+            place = list(reversed(first)).index(c["family"])
+            dashes = next((d for start, d in DASHES.items() if c["method"].startswith(start)), "-")
+            style = {"label": c["method"], "color": f"C{place}", "linestyle": dashes, "linewidth": 1.2}
+            right.plot([p["seconds"] for p in c["points"]], [p["loss"] for p in c["points"]], **style)
+    left.set(xlabel="weights updated, in millions, each change counted", ylabel="test loss (MSE)", yscale="log")
     right.set(xlabel="seconds of training", xscale="log")
     left.legend(fontsize=7)
     right.legend(fontsize=6, ncols=2)

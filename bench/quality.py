@@ -80,14 +80,21 @@ def curve(method: Method, split: data.Dataset, rounds: int, seed: int, target: f
         seconds += time.perf_counter() - begin
         loss, accuracy = tested(method, split)
         points.append(
-            {"weights_updated": done * weights * (rows // method.problem.batch), "seconds": seconds, "loss": loss, "accuracy": accuracy}
+            {
+                "weights_updated": done * weights * (rows // method.problem.batch),
+                "seconds": seconds,
+                "loss": loss,
+                "accuracy": accuracy,
+            }
         )
         if target is not None and accuracy >= target:
             break
     return points
 
 
-def best_rate(kind: type[Method], split: data.Dataset, workload: Workload, rounds: int, target: float, device: torch.device) -> float:
+def best_rate(
+    kind: type[Method], split: data.Dataset, workload: Workload, rounds: int, target: float, device: torch.device
+) -> float:
     """The rate of the family's grid by the rule above; the search's seed is 0."""
 
     def badness(rate: float) -> tuple[float, float]:
@@ -136,7 +143,14 @@ def compare(
             continue
         family = methods[name].family
         rate = chosen[family]
-        whole = {"method": name, "net": workload.net, "rate": rate, "data": split.name, "points": runs[name][0], "family": family}
+        whole = {
+            "method": name,
+            "net": workload.net,
+            "rate": rate,
+            "data": split.name,
+            "points": runs[name][0],
+            "family": family,
+        }
         yield head | outcome(runs[name], target, rate, RATES[family]), whole
 
 

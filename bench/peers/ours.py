@@ -96,4 +96,3 @@ class Fit(AlternatingMethod):
 
     def step(self, x: Tensor, y: Tensor, one_hot: Tensor) -> None:
         raise NotHere("it trains in rounds")
-

@@ -16,8 +16,8 @@ class Autograd(TorchMethod):
 
     family = "sgd"
     optimizer = torch.optim.SGD
-    form: dict[str, Any] = {"foreach": False}  # how torch computes it: for-loop, foreach or fused
-    settings: dict[str, Any] = {}
+    form: str | None = None  # how torch computes it: "foreach", "fused", or a for-loop over the tensors
+    settings: tuple[tuple[str, Any], ...] = ()
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -25,7 +25,8 @@ class Autograd(TorchMethod):
 
     def reset(self) -> None:
         super().reset()
-        self.updates = self.optimizer(self.parameters, lr=self.problem.rate, **self.settings, **self.form)
+        form = {"foreach": False} if self.form is None else {self.form: True}
+        self.updates = self.optimizer(self.parameters, lr=self.problem.rate, **dict(self.settings), **form)
 
     def loss(self, x: Tensor, y: Tensor, one_hot: Tensor) -> Tensor:
         """MSE; what the family minimizes."""
@@ -48,20 +49,20 @@ class Autograd(TorchMethod):
 class ForeachSgd(Autograd):
     """SGD over lists of tensors."""
 
-    form = {"foreach": True}
+    form = "foreach"
 
 
 class FusedSgd(Autograd):
     """SGD in one kernel."""
 
-    form = {"fused": True}
+    form = "fused"
 
 
 class PlainMomentum(Autograd):
     """SGD with momentum 0.9."""
 
     family = "momentum"
-    settings = {"momentum": 0.9}
+    settings = (("momentum", 0.9),)
 
 
 class PlainAdam(Autograd):
@@ -88,13 +89,13 @@ class PlainRmsprop(Autograd):
 class Momentum(PlainMomentum):
     """Fused."""
 
-    form = {"fused": True}
+    form = "fused"
 
 
 class Adam(PlainAdam):
     """Fused."""
 
-    form = {"fused": True}
+    form = "fused"
 
 
 class Adagrad(PlainAdagrad):
@@ -102,10 +103,10 @@ class Adagrad(PlainAdagrad):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.form = {"fused": True} if problem.x.device.type == "cpu" else {"foreach": True}
+        self.form = "fused" if problem.x.device.type == "cpu" else "foreach"
 
 
 class Rmsprop(PlainRmsprop):
     """Foreach: torch has no fused form."""
 
-    form = {"foreach": True}
+    form = "foreach"
