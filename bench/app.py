@@ -249,7 +249,6 @@ def measure_rows(settings: Row, device: Any, send: Callable[[Row], None]) -> Non
             for cold in (False, True) if kind == "step" and device.type == "cuda" else (False,):
                 for workload in workloads.of(kind, settings["quick"]):
                     sized = workload.sized(settings["rows"])
-                    for row in measure.compare(
-                        kind, sized, device, wanted(sized.methods(kind)), settings["repeats"], known, cold
-                    ):
+                    names = wanted(sized.methods(kind))
+                    for row in measure.compare(kind, sized, device, names, settings["repeats"], known, cold):
                         send({"row": shared | row})

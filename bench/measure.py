@@ -28,10 +28,8 @@ def error_of(got: Layers, exact: Layers, start: Layers) -> float:
     """Distance between two results, in parts of the way from the start to the second."""
 
     def distance(one: Layers, other: Layers) -> float:
-        pairs = [
-            (a.double().cpu(), b.double().cpu()) for p, q in zip(one, other, strict=True) for a, b in zip(p, q, strict=True)
-        ]
-        return float(torch.stack([(a - b).square().sum() for a, b in pairs]).sum().sqrt())
+        pairs = [(a.cpu().double(), b.cpu()) for p, q in zip(one, other, strict=True) for a, b in zip(p, q, strict=True)]
+        return sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
 
     return distance(got, exact) / distance(exact, start)
 
@@ -82,7 +80,7 @@ def summary(seconds: list[float]) -> Row:
 
 
 def checked(
-    kind: str, name: str, place: str, problem: Problem, order: Tensor, truths: dict[str, Layers]
+    kind: str, place: str, problem: Problem, order: Tensor, truths: dict[str, Layers]
 ) -> tuple[Row, Method | None]:
     """(status, note and error of a method, the method where it may be timed); one run of it, so it is warm then."""
     try:
@@ -132,7 +130,7 @@ def compare(
     rows: dict[str, Row] = {}
     methods: dict[str, Method] = {}
     for name in names:
-        rows[name], method = checked(kind, name, workloads.METHODS[name], problem, order, truths)
+        rows[name], method = checked(kind, workloads.METHODS[name], problem, order, truths)
         if method is not None:
             methods[name] = method
     sweep = torch.empty(2 * limits.cache_bytes(device) // 4, device=device) if cold else None

@@ -79,14 +79,8 @@ def curve(method: Method, split: data.Dataset, rounds: int, seed: int, target: f
         method.wait()
         seconds += time.perf_counter() - begin
         loss, accuracy = tested(method, split)
-        points.append(
-            {
-                "weights_updated": done * weights * (rows // method.problem.batch),
-                "seconds": seconds,
-                "loss": loss,
-                "accuracy": accuracy,
-            }
-        )
+        updates = done * weights * (rows // method.problem.batch)
+        points.append({"weights_updated": updates, "seconds": seconds, "loss": loss, "accuracy": accuracy})
         if target is not None and accuracy >= target:
             break
     return points
@@ -143,15 +137,8 @@ def compare(
             continue
         family = methods[name].family
         rate = chosen[family]
-        whole = {
-            "method": name,
-            "net": workload.net,
-            "rate": rate,
-            "data": split.name,
-            "points": runs[name][0],
-            "family": family,
-        }
-        yield head | outcome(runs[name], target, rate, RATES[family]), whole
+        about = {"method": name, "family": family, "net": workload.net, "rate": rate, "data": split.name}
+        yield head | outcome(runs[name], target, rate, RATES[family]), about | {"points": runs[name][0]}
 
 
 def outcome(runs: list[list[Row]], target: float, rate: float, grid: tuple[float, ...]) -> Row:

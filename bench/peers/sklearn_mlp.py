@@ -43,10 +43,11 @@ class Mlp(Method):
         p, classes = self.problem, np.arange(self.problem.widths[-1])
         self.model = MLPClassifier(
             p.widths[1:-1], solver="sgd", momentum=0, alpha=0, learning_rate_init=p.rate, batch_size=p.batch, tol=0,
-            max_iter=p.epochs, n_iter_no_change=2**31, shuffle=False, warm_start=True,
+            max_iter=p.epochs, n_iter_no_change=2**31, shuffle=False,
         )  # fmt: skip
         rows = np.zeros((p.batch, self.x.shape[1]), self.x.dtype)
         self.model.partial_fit(rows, self.y[: p.batch], classes=classes)  # makes the arrays whose place the start takes
+        self.model.set_params(warm_start=True)  # later: it would refuse a first mini-batch that lacks a class
         self.model.coefs_ = [np.ascontiguousarray(w.numpy().T) for w, _ in p.start]
         self.model.intercepts_ = [b.numpy().copy() for _, b in p.start]
 
