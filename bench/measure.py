@@ -79,9 +79,7 @@ def summary(seconds: list[float]) -> Row:
     return {"median": median, "p20": p20, "p80": p80, "spread": spread, "noisy": spread > NOISY, "repeats": len(seconds)}
 
 
-def checked(
-    kind: str, place: str, problem: Problem, order: Tensor, truths: dict[str, Layers]
-) -> tuple[Row, Method | None]:
+def checked(kind: str, place: str, problem: Problem, order: Tensor, truths: dict[str, Layers]) -> tuple[Row, Method | None]:
     """(status, note and error of a method, the method where it may be timed); one run of it, so it is warm then."""
     try:
         method = workloads.make(place, problem)

@@ -25,7 +25,7 @@ AXES: dict[str, tuple[tuple[int, ...], str, Any]] = {
     ),
     "rows": ((1000, 10_000, 100_000, 1_000_000), "1", lambda n: Workload((64, 100, 10), 100, 2, rows=n)),
 }  # fmt: skip
-QUICK = {"width": (16, 32), "batch": (10, 100), "depth": (1, 2), "rows": (1000, 2000)}
+QUICK = {"width": (16, 32), "batch": (10, 100), "depth": (1, 2), "rows": (100, 200)}
 
 
 def exponent(values: list[int], seconds: list[float]) -> float:
@@ -41,7 +41,10 @@ def study(device: torch.device, names: list[str], repeats: int, quick: bool, kno
     for axis, (values, expected, workload_at) in AXES.items():
         costs: dict[str, list[tuple[int, float]]] = {name: [] for name in names}
         for value in QUICK[axis] if quick else values:
-            for row in measure.compare("pass", workload_at(value), device, names, repeats, known):
+            workload = workload_at(value)
+            if quick:
+                workload = workload.sized(min(workload.rows, 200))
+            for row in measure.compare("pass", workload, device, names, repeats, known):
                 row |= {"kind": "scaling", "work": f"{axis} {value}"}
                 if row["status"] == "timed":
                     found = costs[row["method"]]

@@ -30,6 +30,14 @@ def rows_of(kind, names, workload=SMALL):
     return {row["method"]: row for row in measure.compare(kind, workload, CPU, names, 2, KNOWN)}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # Fairness
 
 
@@ -261,7 +269,7 @@ def test_fit_and_the_operators_train_alike_in_short_turns():
 def test_exponents_are_fitted_to_the_upper_half_and_superlinear_rows_are_named():
     assert scaling.exponent([1, 10, 100, 1000], [5.0, 5.0, 7.0, 7e2]) == pytest.approx(2)
     rows = list(scaling.study(CPU, ["torch SGD, foreach"], 2, True, KNOWN))
-    assert [row["work"] for row in rows if row.get("exponent") is not None] == ["width 32", "batch 100", "depth 2", "rows 2000"]
+    assert [row["work"] for row in rows if row.get("exponent") is not None] == ["width 32", "batch 100", "depth 2", "rows 200"]
     slow = {"net": "2-3", "method": OURS, "work": "rows 1000", "exponent": 1.5}
     assert scaling.superlinear([slow]) == ["2-3: the cost grows with the rows' power 1.50"]
     assert scaling.superlinear([slow | {"exponent": 1.02}, slow | {"work": "depth 8"}]) == []
