@@ -108,7 +108,7 @@ def serve(requests: Iterator[str], answer: Any, device: Any, quick: bool, rows: 
         kind, workload = cases(quick, rows)[i]
         if i not in known:
             problem, order = workloads.random_problem(workload, device)
-            row, method = measure.checked(kind, workloads.METHODS[OURS], problem, order, {})
+            row, method = measure.checked(workloads.METHODS[OURS], measure.Truths(kind, problem, order))
             if method is None:
                 answer({"error": f"{workload.net}, batch {workload.batch}: {row['status']}: {row['note']}"})
                 continue

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from dante_kernels import data
 
 from . import measure, workloads
-from .peers import SLOPE, Method, NotHere, Problem
+from .peers import Method, NotHere, Problem, loss_and_hits
 from .workloads import RATES, Workload
 
 Row = dict[str, Any]
@@ -45,20 +44,6 @@ def problem_of(split: data.Dataset, workload: Workload, rate: float, seed: int, 
     return replace(problem, rate=rate, block=BLOCK * workload.batch)
 
 
-def tested(method: Method, split: data.Dataset) -> tuple[float, float]:
-    """(loss, accuracy) on the test rows."""
-    h = split.x_test.to(method.problem.x.device)
-    for i, (w, b) in enumerate(method.layers()):
-        h = F.linear(h, w.to(h.device), b.to(h.device))
-        if method.family != "mlp":
-            h = F.leaky_relu(h, SLOPE)
-        elif i < len(method.problem.start) - 1:
-            h = h.relu()
-    y = split.y_test.to(h.device)
-    loss = F.cross_entropy(h, y) if method.family == "mlp" else F.mse_loss(h, F.one_hot(y, h.shape[1]).to(h.dtype))
-    return float(loss), float((h.argmax(1) == y).double().mean())
-
-
 def curve(method: Method, split: data.Dataset, rounds: int, seed: int, target: float | None = None) -> list[Row]:
     """Loss and accuracy after each round, against weights updated and seconds of training alone; ends at the target.
 
@@ -78,7 +63,7 @@ def curve(method: Method, split: data.Dataset, rounds: int, seed: int, target: f
         method.round(order)
         method.wait()
         seconds += time.perf_counter() - begin
-        loss, accuracy = tested(method, split)
+        loss, accuracy = loss_and_hits(method.family, method.layers(), split.x_test, split.y_test)
         updates = done * weights * (rows // method.problem.batch)
         points.append({"weights_updated": updates, "seconds": seconds, "loss": loss, "accuracy": accuracy})
         if target is not None and accuracy >= target:

@@ -83,7 +83,7 @@ def test_sngd(benchmark, problem, kind, method):
     """`sngd_step_` on a mini-batch, and `sngd_epoch_` on all of them, as `python -m bench` runs them."""
     order = torch.arange(len(problem.x), device=DEVICE)
     place = f"ours:{method.__name__}"
-    row, running = measure.checked(kind, place, problem, order, {})
+    row, running = measure.checked(place, measure.Truths(kind, problem, order))
     if row["status"] == "not here":
         pytest.skip(row["note"])
     assert row["status"] == "timed", row

@@ -132,10 +132,15 @@ def method_class(place: str) -> type[Method]:
     return found
 
 
+def timing_rate(family: str) -> float:
+    """The rate that steps and passes are timed with."""
+    return RATES[family][1]
+
+
 def make(place: str, problem: Problem) -> Method:
     """The method, for the problem with the rate of the method's family."""
     method = method_class(place)
-    return method(replace(problem, rate=RATES[method.family][1]))
+    return method(replace(problem, rate=timing_rate(method.family)))
 
 
 def truth(family: str, problem: Problem) -> Method:

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Layers = list[tuple[Tensor, Tensor]]
 SLOPE = 0.01
@@ -32,7 +33,7 @@ class Problem:
         batch: rows in a mini-batch; rows are a multiple of it.
         layers: how many layers SNGD trains, counted from the first.
         epochs: passes of a layer in its turn (T).
-        block: rows in a turn, or None for all of them.
+        block: rows in a turn, whose inputs are gathered and computed for it; or None for one turn with all of the order.
         rate: the learning rate.
     """
 
@@ -127,13 +128,27 @@ class AlternatingMethod(TorchMethod):
         p = self.problem
         for rows in order.split(p.block or len(order)):
             for active in range(p.layers):
-                if active and len(rows) < len(p.x):
+                if active and p.block is not None:
                     h = self.forward(self.weights[:active], p.x[rows])
                     in_turn = torch.arange(len(rows), device=rows.device)
                     self.turn(active, h, p.y[rows], p.one_hot[rows], in_turn)
                 else:
                     h = self.forward(self.weights[:active], p.x) if active else p.x
                     self.turn(active, h, p.y, p.one_hot, rows)
+
+
+def loss_and_hits(family: str, layers: Layers, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """(the loss that the family minimizes, the fraction of rows whose class is the largest output)."""
+    h = x.to(layers[0][0])
+    for i, (w, b) in enumerate(layers):
+        h = F.linear(h, w, b)
+        if family != "mlp":
+            h = F.leaky_relu(h, SLOPE)
+        elif i < len(layers) - 1:
+            h = h.relu()
+    y = y.to(h.device)
+    loss = F.cross_entropy(h, y) if family == "mlp" else F.mse_loss(h, F.one_hot(y, h.shape[1]).to(h.dtype))
+    return float(loss), float((h.argmax(1) == y).double().mean())
 
 
 def initial(widths: Sequence[int], generator: torch.Generator, device: torch.device) -> Layers:

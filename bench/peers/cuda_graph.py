@@ -27,7 +27,7 @@ def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 class Graphed(TorchMethod):
-    """The eager method `eager`, captured at its first round and at its first step, replayed ever after."""
+    """The eager method `eager`, captured at its first round or step of a size, replayed ever after."""
 
     eager: type[TorchMethod]
 
@@ -38,17 +38,18 @@ class Graphed(TorchMethod):
         self.method = self.eager(problem)
         self.weights = self.method.weights
         self.method.reset()
-        self.captured: tuple[torch.cuda.CUDAGraph, list[Tensor]] | None = None
+        self.captured: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
 
     def _replay(self, run: Callable[..., None], *inputs: Tensor) -> None:
-        if self.captured is None:
+        sizes = tuple(t.shape for t in inputs)
+        if sizes not in self.captured:
             weights = [t.detach().clone() for layer in self.weights for t in layer]
             inside = [t.clone() for t in inputs]
-            self.captured = graph_of(lambda: run(*inside)), inside
+            self.captured[sizes] = graph_of(lambda: run(*inside)), inside
             with torch.no_grad():  # what the warm-up changed
                 for t, w in zip((t for layer in self.weights for t in layer), weights, strict=True):
                     t.copy_(w)
-        graph, inside = self.captured
+        graph, inside = self.captured[sizes]
         for t, new in zip(inside, inputs, strict=True):
             t.copy_(new)
         graph.replay()

@@ -119,7 +119,7 @@ class ScanSngd(JaxMethod):
             rows = order[begin : begin + block]
             for active in range(p.layers):
                 h, y, in_turn = self.x, self.y, rows
-                if active and len(rows) < len(h):
+                if active and p.block is not None:
                     h, y, in_turn = h[rows], y[rows], jnp.arange(len(rows))
                 h = prefix(self.weights[:active], h) if active else h
                 for _ in range(p.epochs):
