@@ -97,8 +97,8 @@ TRUTHS = {  # family: its plainest form, to be run in float64
     "rmsprop": "torch_autograd:PlainRmsprop",
     "mlp": "sklearn_mlp:PlainMlp",
 }
-# The grid in which a family's rate is searched for time to quality, each with five values at factors of about 3; the second
-# is what passes and steps are timed with.
+# The grid in which a family's rate is searched for time to quality, each with five values at factors of about 3; steps and
+# passes are timed with the first.
 RATES = {
     "sngd": (0.01, 0.03, 0.1, 0.3, 1.0),
     "sgd": (0.03, 0.1, 0.3, 1.0, 3.0),
@@ -134,7 +134,7 @@ def method_class(place: str) -> type[Method]:
 
 def timing_rate(family: str) -> float:
     """The rate that steps and passes are timed with."""
-    return RATES[family][1]
+    return RATES[family][0]
 
 
 def make(place: str, problem: Problem) -> Method:
