@@ -126,7 +126,7 @@ class Truths:
         return best
 
     def loss_error(self, method: Method) -> float:
-        """How far its loss is from the truth's after everything, in parts of the way that the truth's went, or of a tenth of it."""
+        """How far its loss is from the truth's after everything, in parts of the truth's way, or of a tenth of it."""
         start, end = self.losses(method.family)
         got = self.loss(method.family, self.run(method, None))
         return abs(got - end) / max(abs(start - end), 0.1 * abs(end))

@@ -80,7 +80,7 @@ def losses(curves: list[Row]) -> Any:
     """Test loss against weights updated, as the papers plot it, and against seconds; MSE only."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     first = {c["family"]: c for c in reversed(curves) if c["family"] != "mlp"}  # one line a family: they update alike
     for i, c in enumerate(reversed(first.values())):
@@ -95,6 +95,6 @@ def losses(curves: list[Row]) -> Any:
     left.set(xlabel="weights updated, in millions, each change counted", ylabel="test loss (MSE)", yscale="log")
     right.set(xlabel="seconds of training", xscale="log")
     left.legend(fontsize=7)
-    right.legend(fontsize=6, ncols=2)
+    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"{curves[0]['data']}, {curves[0]['net']}, each family at its best rate", fontsize=10)
     return figure
