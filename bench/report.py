@@ -52,6 +52,8 @@ def environment(device: Any, package: Path) -> Row:
     """The fields that all rows of a process share; `package` is the folder that holds dante_kernels."""
     import torch
 
+    from dante_kernels import cli
+
     def version(name: str) -> str | None:
         try:
             return importlib.metadata.version(name)
@@ -63,7 +65,7 @@ def environment(device: Any, package: Path) -> Row:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit_of(package) or version("dante_kernels") or "unknown",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cli._cpu_model(),
         "versions": ", ".join(versions),
         "precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
@@ -83,15 +85,6 @@ def commit_of(folder: Path) -> str | None:
         return git("rev-parse", "HEAD")[:12] + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def cpu_name() -> str:
-    """The processor's model, and whether our C++ kernels are held to an instruction set."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def complete(row: Row) -> Row:
