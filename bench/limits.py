@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import tempfile
 import time
@@ -55,7 +54,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         samples.append(time.perf_counter() - begin)
-    return statistics.median(samples[1:])
+    return min(samples)  # a limit is the best that was seen
 
 
 def cores_peak() -> dict[str, float]:
@@ -126,9 +125,9 @@ def bound(kind: str, workload: Workload, family: str, device: torch.device, know
 
 
 def fraction(kind: str, workload: Workload, family: str, device: torch.device, known: Limits, seconds: float) -> float | None:
-    """The limit over the time that was measured."""
+    """The limit over the time that was measured; None where that is above 1: the limit was measured on a busy machine."""
     least = bound(kind, workload, family, device, known)
-    return None if least is None else max(least) / seconds
+    return None if least is None or max(least) > seconds else max(least) / seconds
 
 
 def regime(kind: str, workload: Workload, device: torch.device, known: Limits, latency: float | None) -> str | None:

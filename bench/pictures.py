@@ -29,6 +29,7 @@ def draw(results: Row, folder: Path) -> Iterator[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: small files
     matplotlib.rcParams["svg.hashsalt"] = "dante"  # the same results give the same file
     folder.mkdir(parents=True, exist_ok=True)
     timed = [r for r in results["rows"] if r["status"] == "timed" and r["kind"] == "pass" and r["ratio"] is not None]
@@ -42,7 +43,7 @@ def draw(results: Row, folder: Path) -> Iterator[Path]:
     for name, figure in figures.items():
         for suffix in ("png", "svg"):
             path = folder / f"{name}.{suffix}"
-            figure.savefig(path, dpi=110, metadata={"Date": None} if suffix == "svg" else None)
+            figure.savefig(path, dpi=80, metadata={"Date": None} if suffix == "svg" else None)
             yield path
 
 

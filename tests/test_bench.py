@@ -175,6 +175,7 @@ def test_the_regime_is_what_takes_longest_and_the_fraction_is_of_the_hardwares_l
     assert limits.regime("pass", w, CPU, KNOWN, latency=0.6 * seconds) == "latency"  # two steps
     assert limits.regime("pass", w, CPU, KNOWN, latency=0.4 * seconds) == "compute"
     assert limits.fraction("pass", w, "sngd", CPU, KNOWN, 4 * seconds) == pytest.approx(0.25)
+    assert limits.fraction("pass", w, "sngd", CPU, KNOWN, 0.9 * seconds) is None  # no limit, if it can be beaten
     monkeypatch.setattr(limits, "cache_bytes", lambda device: 8)
     assert limits.regime("pass", w, CPU, KNOWN, latency=0.4 * seconds) == "memory"
     assert limits.fraction("pass", w, "sngd", CPU, KNOWN._replace(peak=None), seconds) is None
