@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
 from support import ACTIVATIONS, LOSSES, Problem, assert_error_rule, make_problem
 
+from bench.peers.cuda_graph import graph_of
 from dante_kernels import losses, ops, reference
 from dante_kernels.ops import Layer, backends
 
@@ -256,20 +257,6 @@ CHECKS = [
     check_graph_replays,
     check_sanitizer,
 ]
-
-
-def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """`run` captured as a CUDA graph, after a warm-up on a side stream."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
 
 
 def competitors(widths: tuple[int, ...], batch: int, device: torch.device) -> tuple[int, dict[str, Callable[[], object]]]:

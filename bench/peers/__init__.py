@@ -1,1 +1,160 @@
-"""What the kernels are measured against, each a real implementation of the same work."""
+"""What is compared: every method trains the same net from the same start, each by a real implementation of its own.
+
+The net is a chain of linear layers, each with leaky ReLU 0.01, the loss MSE against one-hot classes (the scikit-learn peer
+says what differs). A *round* updates every weight of the active layers `epochs` times a mini-batch: for SNGD one layer
+after the other, for SGD and its kin all at once, so that rounds are equal in weights updated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Layers = list[tuple[Tensor, Tensor]]
+SLOPE = 0.01
+
+
+class NotHere(Exception):
+    """A method cannot run here, and why."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained on what: all methods get the same one, on the device.
+
+    Attributes:
+        x: (rows, n_in); y: (rows,) class indices; one_hot: (rows, classes) of x's dtype.
+        start: the initial (weight, bias) of each layer.
+        batch: rows in a mini-batch; rows are a multiple of it.
+        layers: how many layers SNGD trains, counted from the first.
+        epochs: passes of a layer in its turn (T).
+        block: rows in a turn, whose inputs are gathered and computed for it; or None for one turn with all of the order.
+        rate: the learning rate.
+    """
+
+    x: Tensor
+    y: Tensor
+    one_hot: Tensor
+    start: Layers
+    batch: int
+    layers: int
+    epochs: int
+    block: int | None
+    rate: float
+
+    def double(self) -> Problem:
+        """The same in float64, for the truth."""
+        start = [(w.double(), b.double()) for w, b in self.start]
+        return replace(self, x=self.x.double(), one_hot=self.one_hot.double(), start=start)
+
+    @property
+    def widths(self) -> list[int]:
+        """From input to output."""
+        return [self.x.shape[1], *(len(b) for _, b in self.start)]
+
+
+class Method:
+    """One way to train. A subclass is built for a problem, or raises NotHere, and then reset and run many times.
+
+    `family` names the mathematics: methods of a family give the same weights, and share the float64 truth and the grid
+    of learning rates.
+    """
+
+    family: str
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def reset(self) -> None:
+        """Back to the problem's start; nothing of an earlier run is left. Not timed."""
+        raise NotImplementedError
+
+    def round(self, order: Tensor) -> None:
+        """Train on the rows in this order, as the problem says; it may return before that is done."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor, y: Tensor, one_hot: Tensor) -> None:
+        """One mini-batch: SNGD on the first layer, SGD on all of them."""
+        raise NotHere("it has no single step")
+
+    def wait(self) -> None:
+        """Until all that was asked for is done."""
+
+    def layers(self) -> Layers:
+        """The weights as torch's tensors."""
+        raise NotImplementedError
+
+
+class TorchMethod(Method):
+    """A method whose weights are torch tensors, in `weights`; they keep their addresses, for compilers and CUDA graphs."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.weights: Layers = [(w.clone(), b.clone()) for w, b in problem.start]
+
+    def reset(self) -> None:
+        with torch.no_grad():
+            for (w, b), (w0, b0) in zip(self.weights, self.problem.start, strict=True):
+                w.copy_(w0)
+                b.copy_(b0)
+
+    def wait(self) -> None:
+        if self.problem.x.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def layers(self) -> Layers:
+        return [(w.detach(), b.detach()) for w, b in self.weights]
+
+
+class AlternatingMethod(TorchMethod):
+    """SNGD: layer by layer, in turns of `problem.block` rows."""
+
+    family = "sngd"
+
+    def forward(self, layers: Layers, h: Tensor) -> Tensor:
+        """The activations behind a frozen prefix."""
+        raise NotImplementedError
+
+    def turn(self, active: int, h: Tensor, y: Tensor, one_hot: Tensor, order: Tensor) -> None:
+        """One layer's passes over rows `order` of its input h."""
+        raise NotImplementedError
+
+    def round(self, order: Tensor) -> None:
+        p = self.problem
+        for rows in order.split(p.block or len(order)):
+            for active in range(p.layers):
+                if active and p.block is not None:
+                    h = self.forward(self.weights[:active], p.x[rows])
+                    in_turn = torch.arange(len(rows), device=rows.device)
+                    self.turn(active, h, p.y[rows], p.one_hot[rows], in_turn)
+                else:
+                    h = self.forward(self.weights[:active], p.x) if active else p.x
+                    self.turn(active, h, p.y, p.one_hot, rows)
+
+
+def loss_and_hits(family: str, layers: Layers, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """(the loss that the family minimizes, the fraction of rows whose class is the largest output)."""
+    h = x.to(layers[0][0])
+    for i, (w, b) in enumerate(layers):
+        h = F.linear(h, w, b)
+        if family != "mlp":
+            h = F.leaky_relu(h, SLOPE)
+        elif i < len(layers) - 1:
+            h = h.relu()
+    y = y.to(h.device)
+    loss = F.cross_entropy(h, y) if family == "mlp" else F.mse_loss(h, F.one_hot(y, h.shape[1]).to(h.dtype))
+    return float(loss), float((h.argmax(1) == y).double().mean())
+
+
+def initial(widths: Sequence[int], generator: torch.Generator, device: torch.device) -> Layers:
+    """The initial weights, of nn.Linear's size."""
+
+    def uniform(n_in: int, *shape: int) -> Tensor:
+        return ((torch.rand(shape, generator=generator) * 2 - 1) / n_in**0.5).to(device)
+
+    return [(uniform(n_in, n_out, n_in), uniform(n_in, n_out)) for n_in, n_out in pairwise(widths)]

@@ -1,4 +1,4 @@
-"""JAX: a whole pass as one compiled `lax.scan`, SNGD on one layer or SGD on the whole net."""
+"""JAX: a whole pass as one compiled `lax.scan`, a step as one compiled call; SNGD on one layer or SGD on the whole net."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import torch
 from jax import lax
+
+from . import SLOPE, Method, NotHere
 
 
 def forward(layers, h):
-    """The chain's output, leaky ReLU 0.01 after every layer."""
+    """The chain's output."""
     for w, b in layers:
         z = h @ w.T + b
-        h = jnp.where(z > 0, z, 0.01 * z)
+        h = jnp.where(z > 0, z, SLOPE * z)
     return h
 
 
@@ -28,30 +31,101 @@ def batches(x, y, order, batch):
     return x[order].reshape(-1, batch, x.shape[1]), y[order].reshape(-1, batch)
 
 
+def sngd(layer, suffix, xb, yb, lr):
+    """`layer` = (weight, bias) after one SNGD step, all of `suffix` frozen."""
+    gradient = jax.grad(lambda first: objective([first, *suffix], xb, yb))(layer)
+    scale = lr / jnp.sqrt(sum(jnp.sum(g * g) for g in gradient))
+    return tuple(p - scale * g for p, g in zip(layer, gradient, strict=True))
+
+
+def sgd(layers, xb, yb, lr):
+    """All layers after one step of SGD."""
+    return jax.tree.map(lambda p, g: p - lr * g, layers, jax.grad(objective)(layers, xb, yb))
+
+
+sngd_step = jax.jit(sngd, donate_argnums=(0,))
+sgd_step = jax.jit(sgd, donate_argnums=(0,))
+prefix = jax.jit(forward)
+
+
 @partial(jax.jit, static_argnames=("batch",), donate_argnums=(0,))
 def sngd_epoch(active, suffix, x, y, order, batch, lr):
-    """A pass of SNGD over `active` = (weight, bias), all of `suffix` frozen."""
-
-    def step(layer, data):
-        gradient = jax.grad(lambda first: objective([first, *suffix], *data))(layer)
-        scale = lr / jnp.sqrt(sum(jnp.sum(g * g) for g in gradient))
-        return tuple(p - scale * g for p, g in zip(layer, gradient, strict=True)), None
-
-    return lax.scan(step, active, batches(x, y, order, batch))[0]
+    """A pass of SNGD."""
+    return lax.scan(lambda layer, data: (sngd(layer, suffix, *data, lr), None), active, batches(x, y, order, batch))[0]
 
 
 @partial(jax.jit, static_argnames=("batch",), donate_argnums=(0,))
 def sgd_epoch(layers, x, y, order, batch, lr):
     """A pass of SGD over all layers."""
-
-    def step(layers, data):
-        gradient = jax.grad(objective)(layers, *data)
-        return jax.tree.map(lambda p, g: p - lr * g, layers, gradient), None
-
-    return lax.scan(step, layers, batches(x, y, order, batch))[0]
+    return lax.scan(lambda layers, data: (sgd(layers, *data, lr), None), layers, batches(x, y, order, batch))[0]
 
 
-@jax.jit
-def prefix(layers, x):
-    """The activations behind the frozen prefix."""
-    return forward(layers, x)
+class JaxMethod(Method):
+    """The problem as JAX's arrays; the weights in `weights`."""
+
+    def __init__(self, problem):
+        super().__init__(problem)
+        if problem.x.device.type == "cuda" and jax.default_backend() != "gpu":
+            raise NotHere("this JAX sees no GPU")
+        precision = {"highest": "highest", "high": "tensorfloat32", "medium": "bfloat16"}
+        jax.config.update("jax_default_matmul_precision", precision[torch.get_float32_matmul_precision()])
+        self.x, self.y = self.array(problem.x), self.array(problem.y)
+        self.orders = {}
+
+    @staticmethod
+    def array(tensor):
+        return jnp.array(tensor.cpu().numpy())
+
+    def once(self, tensor):
+        """A tensor as JAX's array, converted the first time that it comes."""
+        if id(tensor) not in self.orders:
+            self.orders[id(tensor)] = tensor, self.array(tensor)  # the tensor too, so that its id stays its own
+        return self.orders[id(tensor)][1]
+
+    def reset(self):
+        self.weights = [(self.array(w), self.array(b)) for w, b in self.problem.start]
+        self.wait()
+
+    def wait(self):
+        jax.block_until_ready(self.weights)
+
+    def layers(self):
+        return [tuple(torch.tensor(p.__array__()) for p in layer) for layer in self.weights]
+
+
+class ScanSgd(JaxMethod):
+    """SGD."""
+
+    family = "sgd"
+
+    def round(self, order):
+        p, order = self.problem, self.once(order)
+        for _ in range(p.epochs):
+            self.weights = sgd_epoch(self.weights, self.x, self.y, order, p.batch, p.rate)
+
+    def step(self, x, y, one_hot):
+        self.weights = sgd_step(self.weights, self.once(x), self.once(y), self.problem.rate)
+
+
+class ScanSngd(JaxMethod):
+    """SNGD."""
+
+    family = "sngd"
+
+    def round(self, order):
+        p, order = self.problem, self.once(order)
+        block = p.block or len(order)
+        for begin in range(0, len(order), block):
+            rows = order[begin : begin + block]
+            for active in range(p.layers):
+                h, y, in_turn = self.x, self.y, rows
+                if active and p.block is not None:
+                    h, y, in_turn = h[rows], y[rows], jnp.arange(len(rows))
+                h = prefix(self.weights[:active], h) if active else h
+                for _ in range(p.epochs):
+                    self.weights[active] = sngd_epoch(
+                        self.weights[active], self.weights[active + 1 :], h, y, in_turn, p.batch, p.rate
+                    )
+
+    def step(self, x, y, one_hot):
+        self.weights[0] = sngd_step(self.weights[0], self.weights[1:], self.once(x), self.once(y), self.problem.rate)

@@ -1,45 +1,50 @@
-"""torch as a user would write it: SNGD on one layer by plain products, and SGD on the whole net by autograd."""
+"""SNGD and DANTE as a user of torch would write them: plain products, no autograd; also compiled."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Layers = list[tuple[Tensor, Tensor]]
+from . import SLOPE, AlternatingMethod, Layers, Problem
 
 
-def sngd_epoch(layers: Layers, active: int, x: Tensor, y: Tensor, order: Tensor, batch: int, lr: float) -> None:
-    """A pass of SNGD over layer `active`, whose input x is; leaky ReLU 0.01 everywhere, MSE against one-hot classes."""
-    weight, bias = layers[active]
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        h = xb = x[rows]
-        slopes = []
-        for w, b in layers[active:]:
-            z = torch.addmm(b, h, w.t())
-            slopes.append(torch.where(z < 0, 0.01, 1.0))
-            h = z * slopes[-1]
-        d = (h - F.one_hot(y[rows], h.shape[1])) * (2 / h.numel()) * slopes.pop()
-        for w, _ in reversed(layers[active + 1 :]):
-            d = (d @ w) * slopes.pop()
-        grad, grad_bias = d.t() @ xb, d.sum(0)
-        step = lr / torch.sqrt(grad.square().sum() + grad_bias.square().sum())
-        weight -= step * grad
-        bias -= step * grad_bias
+def sngd_step(active: tuple[Tensor, Tensor], suffix: Sequence[tuple[Tensor, Tensor]], x: Tensor, t: Tensor, lr: float) -> None:
+    """One SNGD step on `active` = (weight, bias), whose input x is, against targets t."""
+    weight, bias = active
+    h, slopes = x, []
+    for w, b in (active, *suffix):
+        z = torch.addmm(b, h, w.t())
+        slopes.append(torch.where(z < 0, SLOPE, 1.0))
+        h = z * slopes[-1]
+    d = (h - t) * (2 / h.numel()) * slopes.pop()
+    for w, _ in reversed(suffix):
+        d = (d @ w) * slopes.pop()
+    grad, grad_bias = d.t() @ x, d.sum(0)
+    step = lr / torch.sqrt(grad.square().sum() + grad_bias.square().sum())
+    weight -= step * grad
+    bias -= step * grad_bias
 
 
-def sgd_epoch(layers: Layers, x: Tensor, y: Tensor, order: Tensor, batch: int, lr: float) -> None:
-    """A pass of SGD by autograd over all layers."""
-    parameters = [t.requires_grad_() for layer in layers for t in layer]
-    optimizer = torch.optim.SGD(parameters, lr=lr, foreach=True)
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        h = x[rows]
+class PlainSngd(AlternatingMethod):
+    """Eager; in float64 the truth for SNGD."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.one_step = sngd_step
+
+    def forward(self, layers: Layers, h: Tensor) -> Tensor:
         for w, b in layers:
-            h = F.leaky_relu(F.linear(h, w, b), 0.01)
-        optimizer.zero_grad()
-        F.mse_loss(h, F.one_hot(y[rows], h.shape[1]).to(h.dtype)).backward()
-        optimizer.step()
-    for t in parameters:
-        t.requires_grad_(False)
+            h = F.leaky_relu(F.linear(h, w, b), SLOPE)
+        return h
+
+    def turn(self, active: int, h: Tensor, y: Tensor, one_hot: Tensor, order: Tensor) -> None:
+        suffix = self.weights[active + 1 :]
+        for _ in range(self.problem.epochs):
+            for rows in order.split(self.problem.batch):
+                self.one_step(self.weights[active], suffix, h[rows], one_hot[rows], self.problem.rate)
+
+    def step(self, x: Tensor, y: Tensor, one_hot: Tensor) -> None:
+        self.one_step(self.weights[0], self.weights[1:], x, one_hot, self.problem.rate)

@@ -143,7 +143,7 @@ class Pass {
   const std::vector<double>& grad_bias() const { return grad_bias_; }
 
   // Whether to take the norm from the Gram matrices of a mini-batch: that costs rows^2 (n_in + n_out) operations, and
-  // saves writing, squaring and reading G. The factor is measured (bench/cpu_epoch.py).
+  // saves writing, squaring and reading G. The factor is measured (dante bench pass).
   bool prefers_gram(int64_t rows) const { return rows <= kGramRows && rows * rows <= 8 * active_width(); }
 
   // G = D^T X of one chunk of a batch of `rows` rows, added to that of the chunks before, where `done` rows are behind it; with

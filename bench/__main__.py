@@ -1,0 +1,15 @@
+"""Runs the benchmarks of this checkout: `python -m bench` from its top, or this file from anywhere.
+
+As a file it leaves dante_kernels to PYTHONPATH or the installed package, and takes the checkout's only where there is none.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [*(place for place in sys.path if Path(place).resolve() != HERE), str(HERE.parent)]
+
+from bench.app import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,256 @@
+"""Time this package against its peers: steps, passes, time to quality, scaling, and one commit against another.
+
+Kinds: step (one mini-batch), pass (a round of DANTE against as many weights updated by SGD and its kin), quality (seconds to
+a test accuracy, each at its best rate of a stated grid). Each method's result is compared with a float64 run before it is
+timed; all are timed in one process, in turn, warm, with the data on the device. One table is printed, and rows go to
+OUTPUT/bench-*.json and .csv. Ratios are a method's time over that of dante's operators.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("step", "pass", "quality")
+DATA = ("digits", "mnist", "fashion-mnist", "kmnist")
+PRECISIONS = ("highest", "high", "medium")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser("dante bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("kinds", nargs="*", metavar="KIND", help="step, pass, quality; step and pass where none is named")
+    p.add_argument("--quick", action="store_true", help="tiny sizes, to see that all of it works; torch.compile is left out")
+    p.add_argument("--scaling", action="store_true", help="cost against width, mini-batch, depth and rows, instead of kinds")
+    p.add_argument("--against", metavar="COMMIT", help="compare with that commit, instead of with peers; status 1 where slower")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="only draw the pictures of a JSON file, into --pictures")
+    p.add_argument("--pictures", type=Path, metavar="DIR", help="draw the pictures there too, PNG and SVG")
+    p.add_argument("--output", type=Path, metavar="DIR", default=ROOT / "bench" / "results", help="default: bench/results")
+    p.add_argument("--methods", metavar="TEXT", help="only methods with one of these texts, separated by ;, and dante")
+    p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
+    p.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="on the CPU: processes bound to so many cores; default 1"
+    )
+    p.add_argument("--isa", choices=("avx512", "avx2", "generic"), help="instruction set of the C++ kernels")
+    p.add_argument("--precision", choices=PRECISIONS, default="highest", help="torch's float32_matmul_precision")
+    p.add_argument("--rows", type=int, default=6000, help="rows of a pass; a quarter of it for wide nets")
+    p.add_argument("--repeats", type=int, default=9, help="samples of each row; seeds of a time to quality")
+    p.add_argument("--data", choices=DATA, default="digits", help="for quality; default digits")
+    p.add_argument("--data-dir", type=Path, help="directory of its IDX files")
+    p.add_argument("--rounds", type=int, default=15, help="for quality: rounds at most")
+    p.add_argument("--target", type=float, help="for quality: the test accuracy, such as 0.97; default by data set")
+    p.add_argument("--child", help=argparse.SUPPRESS)  # settings of a measuring process, as JSON
+    return p
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; the exit status. Status 1: a row is wrong or failed, or slower than --against's commit."""
+    p = parser()
+    a = p.parse_args(arguments)
+    if a.child:
+        return measure_here(json.loads(a.child))
+    unknown = [kind for kind in a.kinds if kind not in KINDS]
+    if unknown:
+        p.error(f"KIND: expected step, pass or quality, got {unknown[0]!r}")
+    if bool(a.kinds) + a.scaling + bool(a.against) + bool(a.plot) > 1:
+        p.error("expected kinds, --scaling, --against or --plot, got more than one of them")
+    if a.pictures and importlib.util.find_spec("matplotlib") is None:
+        p.error('--pictures: needs matplotlib: pip install "dante_kernels[bench]"')
+    if a.plot:
+        if not a.pictures:
+            p.error("--plot: goes with --pictures DIR")
+        return draw(json.loads(a.plot.read_text()), a.pictures)
+    if a.repeats < 2:
+        p.error(f"--repeats: expected at least 2, got {a.repeats}")
+    if a.rows < 1 or a.rounds < 1:
+        p.error("--rows, --rounds: expected at least 1")
+    runs = [settings_of(a, threads) for threads in thread_counts(p, a)]
+    if a.isa:
+        os.environ["DANTE_CPU_ISA"] = a.isa
+    if a.against:
+        return against_commit(a.against, runs[0])
+    return with_peers(a, runs)
+
+
+def thread_counts(p: argparse.ArgumentParser, a: argparse.Namespace) -> list[int | None]:
+    """One run for each: numbers of cores, or one run on a GPU. Settles a.device."""
+    import torch
+
+    if a.device == "auto":
+        a.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(a.device).type == "cuda":
+        if not torch.cuda.is_available():
+            p.error(f"--device: got {a.device!r}, but torch sees no CUDA device")
+        return [None]
+    if not hasattr(os, "sched_setaffinity"):
+        p.error("on the CPU this binds processes to cores, which it can only do on Linux")
+    cores = len(os.sched_getaffinity(0))
+    if not all(1 <= threads <= cores for threads in a.threads):
+        p.error(f"--threads: expected 1 to {cores}, as many as there are cores, got {a.threads}")
+    return list(a.threads)
+
+
+def settings_of(a: argparse.Namespace, threads: int | None) -> Row:
+    """What a measuring process is told."""
+    kinds = ["scaling"] if a.scaling else (a.kinds or ["step", "pass"])
+    quick = {"rows": min(a.rows, 200), "repeats": 3, "rounds": 2, "target": 0.2} if a.quick else {}
+    names = ("quick", "device", "isa", "precision", "rows", "repeats", "methods", "data", "rounds", "target")
+    settings = {name: getattr(a, name) for name in names}
+    return {"mode": "rows", "kinds": kinds, "threads": threads, "data_dir": a.data_dir and str(a.data_dir), **settings, **quick}
+
+
+def with_peers(a: argparse.Namespace, runs: list[Row]) -> int:
+    """Measure, print, write and draw."""
+    from . import report, scaling
+
+    rows: list[Row] = []
+    curves: list[Row] = []
+    for settings in runs:
+        for message in child(settings):
+            if "row" in message:
+                rows.append(report.complete(message["row"]))
+            else:
+                curves.append(message["curve"])
+    report.show(rows)
+    kinds = "-".join(runs[0]["kinds"])
+    device = rows[0]["device"].lower().replace(" ", "-")
+    for path in report.write(a.output / f"bench-{kinds}-{device}-{rows[0]['date'][:10]}", rows, curves):
+        print(path)
+    if a.pictures:
+        draw({"rows": rows, "curves": curves}, a.pictures)
+    complaints = [f"{r['method']}: {r['status']}: {r['note']}" for r in rows if r["status"] in ("wrong result", "failed")]
+    complaints += scaling.superlinear(rows)
+    for complaint in complaints:
+        print(f"dante bench: {complaint}", file=sys.stderr)
+    return 1 if complaints else 0
+
+
+def draw(results: Row, folder: Path) -> int:
+    """The pictures of these rows and curves."""
+    from . import pictures
+
+    for path in pictures.draw(results, folder):
+        print(path)
+    return 0
+
+
+def against_commit(commit: str, settings: Row) -> int:
+    """Print each workload's verdict; 1 where one is slower."""
+    import dante_kernels
+
+    from . import against
+
+    head = Path(dante_kernels.__file__).resolve().parent.parent
+    try:
+        with against.checkout(commit, head) as base:
+            verdicts = against.compare({"base": base, "head": head}, settings, settings["repeats"])
+    except (ValueError, RuntimeError, subprocess.CalledProcessError) as error:
+        print(f"dante bench: {error}", file=sys.stderr)
+        return 2
+    print(f"time over that of {commit}: median, 95 % interval")
+    for name, v in verdicts:
+        print(f"{v.ratio:6.3f}  {v.low:.3f} to {v.high:.3f}  {name}{'  SLOWER' if v.slower else ''}")
+    return int(any(v.slower for _, v in verdicts))
+
+
+def child(settings: Row) -> Iterator[Row]:
+    """The messages of a measuring process, which takes the same dante_kernels as this one."""
+    import dante_kernels
+
+    package = str(Path(dante_kernels.__file__).resolve().parent.parent)
+    command = [sys.executable, str(ROOT / "bench" / "__main__.py"), "--child", json.dumps(settings)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": package}) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            message = json.loads(line)
+            if "row" in message:
+                row = message["row"]
+                print(f"{row['kind']} {row['net']} batch {row['batch']}: {row['method']}: {row['status']}", file=sys.stderr)
+            yield message
+    if process.returncode:
+        raise SystemExit(process.returncode)
+
+
+def measure_here(settings: Row) -> int:
+    """Be a measuring process: bind to the cores, then write messages to stdout, where nothing else may write.
+
+    Gives the exit status: 2, with one line on stderr, where the data set cannot be had.
+    """
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def send(message: Row) -> None:
+        print(json.dumps(message), file=out, flush=True)
+
+    threads = settings["threads"]
+    if threads is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'}"  # JAX takes all else
+    else:
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # or JAX takes most of the GPU's memory
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(settings["precision"])
+    device = torch.device(settings["device"])
+    if settings["mode"] == "serve":
+        from . import against
+
+        against.serve(sys.stdin, send, device, settings["quick"], settings["rows"])
+        return 0
+    try:
+        measure_rows(settings, device, send)
+    except (OSError, ImportError, ValueError) as error:
+        print(f"dante bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure_rows(settings: Row, device: Any, send: Callable[[Row], None]) -> None:
+    """Measure the kinds asked for; each row is sent as soon as it is there."""
+    import dante_kernels
+
+    from . import limits, measure, quality, report, scaling, workloads
+
+    shared = report.environment(device, Path(dante_kernels.__file__).resolve().parent.parent)
+    shared["device"] += f", {settings['isa']} kernels" if settings["isa"] else ""
+    known = limits.of(device, settings["threads"])
+    print(f"limits: {known}", file=sys.stderr)
+    texts = (settings["methods"] or "").split(";")
+
+    def wanted(names: list[str]) -> list[str]:
+        some = [name for name in names if name == workloads.OURS or any(text in name for text in texts)]
+        return [name for name in some if not (settings["quick"] and "compile" in name)]
+
+    for kind in settings["kinds"]:
+        if kind == "quality":
+            directory = settings["data_dir"] and Path(settings["data_dir"])
+            split, workload = quality.load(settings["data"], directory, settings["rows"] if settings["quick"] else None)
+            target = settings["target"] or quality.TARGETS[settings["data"]]
+            names = wanted(workload.methods(kind))
+            pairs = list(quality.compare(split, workload, device, names, settings["repeats"], settings["rounds"], target))
+            for row in quality.with_ratios([row for row, _ in pairs]):
+                send({"row": shared | row})
+            for _, curve in pairs:
+                if curve is not None:
+                    send({"curve": curve})
+        elif kind == "scaling":
+            for row in scaling.study(device, wanted(scaling.METHODS), settings["repeats"], settings["quick"], known):
+                send({"row": shared | row})
+        else:
+            for cold in (False, True) if kind == "step" and device.type == "cuda" else (False,):
+                for workload in workloads.of(kind, settings["quick"]):
+                    sized = workload.sized(settings["rows"])
+                    names = wanted(sized.methods(kind))
+                    for row in measure.compare(kind, sized, device, names, settings["repeats"], known, cold):
+                        send({"row": shared | row})

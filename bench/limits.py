@@ -1,0 +1,139 @@
+"""What the machine could do at most, measured, and how much of it a workload needs.
+
+The limit of a row is the larger of two times: its arithmetic at the peak, and its traffic at the bandwidth of main memory,
+where data and weights do not fit into the last cache. The regime of a workload is the largest of these two and the latency:
+what our kernels need for as many steps of a net with two units in each layer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .workloads import Workload
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Limits(NamedTuple):
+    """Of the device with so many threads: FLOP/s, None where it could not be measured, and bytes/s."""
+
+    peak: float | None
+    bandwidth: float
+
+
+def of(device: torch.device, threads: int | None) -> Limits:
+    """Measure them."""
+    if device.type == "cpu":
+        core = cores_peak().get("peak")
+        peak = None if core is None else core * 1e9 * (threads or 1)
+    else:
+        a = torch.randn(8192, 8192, device=device)
+        peak = 2 * 8192**3 / _seconds(lambda: a @ a, device)
+    source = torch.zeros(2 ** (26 if device.type == "cpu" else 29), device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
+    return Limits(peak, bandwidth)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    samples = []
+    for _ in range(7):
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        samples.append(time.perf_counter() - begin)
+    return min(samples)  # a limit is the best that was seen
+
+
+def cores_peak() -> dict[str, float]:
+    """What one core can do, from cpu_product.cpp: its peak and the products alone, in GFLOP/s; empty without a compiler."""
+    if not shutil.which("g++"):
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "cpu_product"
+        flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", f"-I{ROOT / 'csrc' / 'cpu'}"]
+        subprocess.run(["g++", *flags, ROOT / "bench" / "cpu_product.cpp", "-o", program], check=True)
+        done = subprocess.run([program], capture_output=True, text=True, check=True)
+        found: dict[str, float] = json.loads(done.stdout)
+        return found
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last cache before main memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    names = [name for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE") if name in os.sysconf_names]
+    return next((size for name in names if (size := os.sysconf(name)) > 0), 2**25)
+
+
+def steps(kind: str, workload: Workload, family: str) -> int:
+    """Mini-batches of a sample, over all layers' turns."""
+    if kind == "step":
+        return 1
+    turns = workload.trained if family == "sngd" else 1
+    return workload.rows // workload.batch * workload.epochs * turns
+
+
+def visits(kind: str, workload: Workload, family: str) -> int:
+    """Rows of all the mini-batches of a sample."""
+    return steps(kind, workload, family) * workload.batch
+
+
+def flops(kind: str, workload: Workload, family: str) -> float:
+    """Operations that a sample needs.
+
+    SNGD: for each active layer its prefix once, and in every epoch two products for it and two for each layer of its
+    suffix. SGD: three products a layer, two for the first.
+    """
+    sizes = [n_in * n_out for n_in, n_out in pairwise(workload.widths)]
+    rows, epochs = (workload.batch, 1) if kind == "step" else (workload.rows, workload.epochs)
+    if family != "sngd":
+        return rows * epochs * (6 * sum(sizes) - 2 * sizes[0])
+    actives = range(1 if kind == "step" else workload.trained)
+    return rows * sum(2 * sum(sizes[:active]) + 4 * epochs * sum(sizes[active:]) for active in actives)
+
+
+def traffic(kind: str, workload: Workload, family: str, device: torch.device) -> float:
+    """Bytes that a sample moves from and to main memory: none where data and weights stay in the last cache; else the rows
+    once a visit, and weights that do not fit three times a step (read, read again and written by the update)."""
+    weights = 4 * sum(n_in * n_out + n_out for n_in, n_out in pairwise(workload.widths))
+    rows = workload.batch if kind == "step" else workload.rows
+    data, cache = 4 * rows * workload.widths[0], cache_bytes(device)
+    if data + weights <= cache:
+        return 0
+    moved = 4 * visits(kind, workload, family) * workload.widths[0]
+    return moved + (3 * weights * steps(kind, workload, family) if weights > cache else 0)
+
+
+def bound(kind: str, workload: Workload, family: str, device: torch.device, known: Limits) -> tuple[float, float] | None:
+    """(seconds of arithmetic, seconds of traffic) at least; None where the peak is not known."""
+    if known.peak is None:
+        return None
+    return flops(kind, workload, family) / known.peak, traffic(kind, workload, family, device) / known.bandwidth
+
+
+def fraction(kind: str, workload: Workload, family: str, device: torch.device, known: Limits, seconds: float) -> float | None:
+    """The limit over the time that was measured; None where that is above 1: the limit was measured on a busy machine."""
+    least = bound(kind, workload, family, device, known)
+    return None if least is None or max(least) > seconds else max(least) / seconds
+
+
+def regime(kind: str, workload: Workload, device: torch.device, known: Limits, latency: float | None) -> str | None:
+    """latency, compute or memory; None where the peak or our kernels' latency of a step is not known."""
+    least = bound(kind, workload, "sngd", device, known)
+    if least is None or latency is None:
+        return None
+    times = {"latency": latency * steps(kind, workload, "sngd"), "compute": least[0], "memory": least[1]}
+    return max(times, key=lambda name: times[name])

@@ -1,0 +1,209 @@
+"""Steps and passes: every method is checked against its float64 truth, and only what is right is timed, in turn."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import limits, workloads
+from .peers import Layers, Method, NotHere, Problem, loss_and_hits
+from .workloads import OURS, Workload
+
+Row = dict[str, Any]
+STEPS_IN_A_SAMPLE = 50
+NOISY = 0.15  # (p80 - p20) / median beyond which a row is marked
+# A method is right if, after a few mini-batches, it is this near to the float64 result, in parts of the way from the start,
+# by torch's float32_matmul_precision. What was seen in "highest" is below 1e-4, unless a pre-activation lies so near to the
+# kink of leaky ReLU that rounding decides on which side: one such flip was seen to move a result by 4e-2. They are rare in
+# a few mini-batches, so other mini-batches are tried before the method is called wrong.
+TOLERANCE = {"highest": 1e-3, "high": 0.05, "medium": 0.3}
+TRIES = 3
+# After all that is timed, where flips are common, its loss must have gone as far as that of float64, to this part.
+LOSS_TOLERANCE = 0.2
+
+
+def error_of(got: Layers, exact: Layers, start: Layers) -> float:
+    """Distance between two results, in parts of the way from the start to the second."""
+
+    def distance(one: Layers, other: Layers) -> float:
+        pairs = [(a.cpu().double(), b.cpu()) for p, q in zip(one, other, strict=True) for a, b in zip(p, q, strict=True)]
+        return sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
+
+    return distance(got, exact) / distance(exact, start)
+
+
+def one_sample(kind: str, method: Method, order: Tensor, steps: int = STEPS_IN_A_SAMPLE) -> float:
+    """Seconds of one round, or of one step (the mean of many on the first mini-batch), from the start's weights."""
+    p = method.problem
+    method.reset()
+    method.wait()
+    if kind == "pass":
+        begin = time.perf_counter()
+        method.round(order)
+        method.wait()
+        return time.perf_counter() - begin
+    rows = order[: p.batch]
+    x, y, one_hot = p.x[rows], p.y[rows], p.one_hot[rows]
+    begin = time.perf_counter()
+    for _ in range(steps):
+        method.step(x, y, one_hot)
+    method.wait()
+    return (time.perf_counter() - begin) / steps
+
+
+def interleave(samples: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """`repeats` samples of each after one that does not count, in turn, and in every turn another one first."""
+    names = list(samples)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(repeats + 1):
+            first = turn % max(1, len(names))
+            for name in names[first:] + names[:first]:
+                value = samples[name]()
+                if turn:
+                    seconds[name].append(value)
+    finally:
+        gc.enable()
+    return seconds
+
+
+def summary(seconds: list[float]) -> Row:
+    """Median, p20, p80 and whether they are too far apart to be believed."""
+    p20, *_, p80 = statistics.quantiles(seconds, n=5)
+    median = statistics.median(seconds)
+    spread = (p80 - p20) / median
+    return {"median": median, "p20": p20, "p80": p80, "spread": spread, "noisy": spread > NOISY, "repeats": len(seconds)}
+
+
+class Truths:
+    """What the families' float64 runs come to, each run once: after a few mini-batches, and the loss after everything."""
+
+    def __init__(self, kind: str, problem: Problem, order: Tensor) -> None:
+        self.kind, self.problem, self.order = kind, problem, order
+        self.layers_after = functools.cache(self._layers_after)
+        self.losses = functools.cache(self._losses)
+
+    def run(self, method: Method, part: int | None) -> Layers:
+        """The method's weights after the part of that number, or after everything."""
+        if part is None:
+            one_sample(self.kind, method, self.order)
+        else:
+            rows = max(3, -(-200 // self.problem.batch)) * self.problem.batch  # 200, so that each class is among them
+            one_sample(self.kind, method, self.order.roll(-part * rows)[:rows], steps=3)
+        return method.layers()
+
+    def _layers_after(self, family: str, part: int | None) -> Layers:
+        return self.run(workloads.truth(family, replace(self.problem, rate=workloads.timing_rate(family))), part)
+
+    def _losses(self, family: str) -> tuple[float, float]:
+        """(at the start, after everything)."""
+        return self.loss(family, self.problem.start), self.loss(family, self.layers_after(family, None))
+
+    def loss(self, family: str, layers: Layers) -> float:
+        """On what was trained on."""
+        rows = self.order[: self.problem.batch if self.kind == "step" else None]
+        return loss_and_hits(family, layers, self.problem.x[rows], self.problem.y[rows])[0]
+
+    def error(self, method: Method) -> float:
+        """How far the method is from the truth after a few mini-batches, at the best of some tries."""
+        best = math.inf
+        for part in range(TRIES):
+            exact = self.layers_after(method.family, part)
+            best = min(best, error_of(self.run(method, part), exact, self.problem.start))
+            if best <= tolerance():
+                break
+        return best
+
+    def loss_error(self, method: Method) -> float:
+        """How far its loss is from the truth's after everything, in parts of the truth's way, or of a tenth of it."""
+        start, end = self.losses(method.family)
+        got = self.loss(method.family, self.run(method, None))
+        return abs(got - end) / max(abs(start - end), 0.1 * abs(end))
+
+
+def tolerance() -> float:
+    """For the precision that is set."""
+    return TOLERANCE[torch.get_float32_matmul_precision()]
+
+
+def checked(place: str, truths: Truths) -> tuple[Row, Method | None]:
+    """(status, note and error of a method, the method where it may be timed); it is warm then."""
+    try:
+        method = workloads.make(place, truths.problem)
+        error, loss_error = truths.error(method), truths.loss_error(method)
+    except NotHere as reason:
+        return {"status": "not here", "note": str(reason)}, None
+    except Exception as failure:  # a peer that breaks is a row of the table, and no reason to lose the others
+        return {"status": "failed", "note": " ".join(f"{type(failure).__name__}: {failure}".split())[:200]}, None
+    row: Row = {"status": "timed", "error": error, "rate": method.problem.rate}
+    if not (error <= tolerance() and loss_error <= LOSS_TOLERANCE):
+        note = f"off float64 by {error:.2g} after a few mini-batches, its loss by {loss_error:.2g} at the end; not timed"
+        return row | {"status": "wrong result", "note": note}, None
+    return row, method
+
+
+@functools.cache
+def latency_of_a_step(kind: str, layers: int, device: torch.device) -> float | None:
+    """Seconds of our kernels' step where there is next to nothing to compute; None where they cannot run."""
+    tiny = Workload((2,) * (layers + 1), batch=1, rows=500)
+    problem, order = workloads.random_problem(tiny, device)
+    try:
+        method = workloads.make(workloads.METHODS[OURS], problem)
+    except NotHere:
+        return None
+    samples = [one_sample(kind, method, order) for _ in range(5)]
+    return statistics.median(samples) / limits.steps(kind, tiny, "sngd")
+
+
+def compare(
+    kind: str,
+    workload: Workload,
+    device: torch.device,
+    names: list[str],
+    repeats: int,
+    known: limits.Limits,
+    cold: bool = False,
+) -> Iterator[Row]:
+    """One row for each method. With `cold`, the GPU's L2 cache is swept before every sample, which is one step then."""
+    problem, order = workloads.random_problem(workload, device)
+    truths = Truths(kind, problem, order)
+    rows: dict[str, Row] = {}
+    methods: dict[str, Method] = {}
+    for name in names:
+        rows[name], method = checked(workloads.METHODS[name], truths)
+        if method is not None:
+            methods[name] = method
+    sweep = torch.empty(2 * limits.cache_bytes(device) // 4, device=device) if cold else None
+
+    def sample(method: Method) -> float:
+        if sweep is None:
+            return one_sample(kind, method, order)
+        sweep.zero_()
+        return one_sample(kind, method, order, steps=1)
+
+    seconds = interleave({name: lambda m=method: sample(m) for name, method in methods.items()}, repeats)
+    regime = limits.regime(kind, workload, device, known, latency_of_a_step(kind, workload.layers, device))
+    for name, row in rows.items():
+        head = {
+            "kind": kind, "net": workload.net, "batch": workload.batch, "rows": workload.rows, "method": name,
+            "work": workload.what if kind == "pass" else "one step", "cache": "cold" if cold else "warm", "regime": regime,
+        }  # fmt: skip
+        if name in methods:
+            family = methods[name].family
+            row |= summary(seconds[name])
+            row["samples_per_second"] = limits.visits(kind, workload, family) / row["median"]
+            row["limit_fraction"] = limits.fraction(kind, workload, family, device, known, row["median"])
+            if OURS in methods:
+                row["ratio"] = statistics.median(a / b for a, b in zip(seconds[name], seconds[OURS], strict=True))
+        yield head | row

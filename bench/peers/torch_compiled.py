@@ -1,0 +1,65 @@
+"""torch.compile of a whole step: forward, gradients and update in one graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import SLOPE, Layers, NotHere, Problem, TorchMethod
+from .torch_plain import PlainSngd, sngd_step
+
+
+def sgd_step(weights: Layers, x: Tensor, one_hot: Tensor, lr: float) -> None:
+    """One step of SGD on all layers; torch.func.grad, since autograd's backward would break the graph in two."""
+
+    def loss(parameters: Layers) -> Tensor:
+        h = x
+        for w, b in parameters:
+            h = F.leaky_relu(F.linear(h, w, b), SLOPE)
+        return F.mse_loss(h, one_hot)
+
+    for parameters, gradients in zip(weights, torch.func.grad(loss)(weights), strict=True):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.sub_(lr * gradient)
+
+
+class CompiledSgd(TorchMethod):
+    """SGD, compiled by Inductor."""
+
+    family = "sgd"
+    mode: str | None = None
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        if self.mode is not None and problem.x.device.type != "cuda":
+            raise NotHere("CUDA graphs need a GPU")
+        for layer in self.weights:
+            for t in layer:
+                torch._dynamo.mark_static_address(t)
+        torch._dynamo.reset()  # or the variants of earlier problems would count against its limit
+        self.one_step = torch.compile(sgd_step, dynamic=False, fullgraph=True, mode=self.mode)
+
+    def step(self, x: Tensor, y: Tensor, one_hot: Tensor) -> None:
+        self.one_step(self.weights, x, one_hot, self.problem.rate)
+
+    def round(self, order: Tensor) -> None:
+        p = self.problem
+        for _ in range(p.epochs):
+            for rows in order.split(p.batch):
+                self.step(p.x[rows], p.y[rows], p.one_hot[rows])
+
+
+class CompiledGraphedSgd(CompiledSgd):
+    """SGD, compiled, replayed as a CUDA graph that torch captures."""
+
+    mode = "reduce-overhead"
+
+
+class CompiledSngd(PlainSngd):
+    """SNGD, compiled by Inductor."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        torch._dynamo.reset()
+        self.one_step = torch.compile(sngd_step, dynamic=False, fullgraph=True)

@@ -1,0 +1,117 @@
+"""`dante bench --against`: a slower package is flagged, noise is not, and nothing is left behind."""
+
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+
+import pytest
+
+import dante_kernels
+from bench import against, app
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = pathlib.Path(dante_kernels.__file__).resolve().parent
+SETTINGS = {"device": "cpu", "threads": 1, "precision": "highest", "quick": True, "rows": 200}
+SLOW = """
+import time
+_pass = sngd_epoch_
+def sngd_epoch_(*args, **settings):
+    begin = time.perf_counter()
+    out = _pass(*args, **settings)
+    while time.perf_counter() < begin + 0.02:
+        pass
+    return out
+"""
+LINUX = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="binds processes to cores")
+
+
+def ratios(seed, median, noise, count=27):
+    draw = random.Random(seed)
+    return [median * draw.lognormvariate(0, noise) for _ in range(count)]
+
+
+def test_noise_is_not_taken_for_slowness():
+    looks = [[against.judge(ratios(2 * seed + look, 1.0, 0.1)).slower for look in (0, 1)] for seed in range(200)]
+    assert sum(first for first, _ in looks) <= 6
+    assert not any(all(both) for both in looks)
+    assert not any(against.judge(ratios(seed, 1.03, 0.02)).slower for seed in range(200))
+
+
+def test_ten_percent_outside_noise_is_slower():
+    assert all(against.judge(ratios(seed, 1.1, 0.03)).slower for seed in range(200))
+    verdict = against.judge([1.1] * 27)
+    assert (verdict.ratio, verdict.low, verdict.high) == (1.1, 1.1, 1.1)
+
+
+def test_the_interval_holds_the_median_95_times_in_100():
+    verdicts = [against.judge(ratios(seed, 1.0, 0.2)) for seed in range(1000)]
+    held = sum(v.low <= 1 <= v.high for v in verdicts)
+    assert 950 <= held <= 995
+
+
+def test_too_few_pairs_prove_nothing():
+    assert not against.judge([2.0] * 5).slower
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package in a folder of its own."""
+    folder = tmp_path / "copy"
+    shutil.copytree(PACKAGE, folder / "dante_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@LINUX
+def test_a_slower_package_is_flagged_after_a_second_look(package, monkeypatch):
+    with (package / "dante_kernels" / "ops" / "__init__.py").open("a") as file:
+        file.write(SLOW)
+    monkeypatch.setattr(against, "STARTS", 1)
+    looks = []
+    real = against.pairs_of
+    monkeypatch.setattr(against, "pairs_of", lambda *args: (looks.append(args[2]), real(*args))[1])
+    verdicts = dict(against.compare({"base": PACKAGE.parent, "head": package}, SETTINGS, 9))
+    slow = verdicts["pass: 20-16-10, batch 10, every layer"]
+    assert slow.slower
+    assert slow.ratio > 2
+    assert 1 in looks[1]
+
+
+@LINUX
+def test_a_package_that_computes_something_else_is_an_error(package):
+    with (package / "dante_kernels" / "ops" / "__init__.py").open("a") as file:
+        file.write("\ndef sngd_epoch_(*args, **settings):\n    return None\n")
+    with pytest.raises(RuntimeError, match="20-16-10, batch 10: wrong result"):
+        against.compare({"base": PACKAGE.parent, "head": package}, SETTINGS, 2)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
+def test_the_exit_status_says_whether_something_is_slower(monkeypatch, capsys):
+    for ratio, status in ((1.2, 1), (1.0, 0)):
+        verdict = against.judge([ratio] * 9)
+        monkeypatch.setattr(against, "compare", lambda *args, v=verdict: [("pass: a net", v)])
+        assert app.against_commit("HEAD", SETTINGS | {"repeats": 9}) == status
+        assert ("SLOWER" in capsys.readouterr().out) == bool(status)
+
+
+def git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
+def test_a_commit_is_checked_out_for_as_long_as_it_is_needed():
+    before = git("worktree", "list")
+    with against.checkout("HEAD", PACKAGE.parent) as folder:
+        assert (folder / "dante_kernels" / "__init__.py").is_file()
+        built = {path.name for path in PACKAGE.glob("_C*.so")}
+        assert {path.name for path in (folder / "dante_kernels").glob("_C*.so")} == built
+        assert git("worktree", "list") != before
+    assert not folder.exists()
+    assert git("worktree", "list") == before
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
+def test_what_is_no_commit_is_named(capsys):
+    assert app.against_commit("no-such-commit", SETTINGS | {"repeats": 9}) == 2
+    assert "got 'no-such-commit'" in capsys.readouterr().err
