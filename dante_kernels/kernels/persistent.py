@@ -259,10 +259,12 @@ def persistent(
                 )  # fmt: skip
                 m_z = m_row[:, None] & m_unit[None, :]
                 if ROUNDS:
-                    if layer == 1:
-                        h = tl.where(m_z, phi(z, low, high, KIND), 0.0)
-                        next_grad = multiply_add(tl.trans(d), h, next_grad, PRECISION)
-                        next_grad_bias += tl.sum(d, axis=0)
+                    # A gradient that is not wanted is that of a D of zeros: a branch would make some specialization spill.
+                    h = tl.where(m_z, phi(z, low, high, KIND), 0.0)
+                    last_d = tl.where(layer == 1, d, 0.0)
+                    next_grad = multiply_add(tl.trans(last_d), h, next_grad, PRECISION)
+                    next_grad_bias += tl.sum(last_d, axis=0)
+                    m_z = m_z & (layer == 0)
                 back = multiply_add(d, next_w, tl.zeros([BLOCK_B, BLOCK_OUT], tl.float32), PRECISION)
                 d = tl.where(m_z, back * slope(z, low, high, KIND), 0.0)
             else:
@@ -271,10 +273,9 @@ def persistent(
                     low, high, KIND, LOSS, CLASSES,
                 )  # fmt: skip
             loss += value
-            if layer == 0:
-                d_t = tl.broadcast_to(tl.trans(d)[None, :, :], [WARPS, BLOCK_OUT, BLOCK_B])
-                grad = multiply_add(d_t, x, grad, PRECISION)
-                grad_bias += tl.sum(d, axis=0)
+            d_t = tl.broadcast_to(tl.trans(d)[None, :, :], [WARPS, BLOCK_OUT, BLOCK_B])
+            grad = multiply_add(d_t, x, grad, PRECISION)
+            grad_bias += tl.sum(d, axis=0)
 
         squares = tile_sum(grad * grad)
         if p_bias is not None:

@@ -54,11 +54,10 @@ NEAR = 1.1
 
 
 def _persistent(
-    n_out: int, n_in: int, n_next: int, batch: int, units: int, inputs: int, warps: int, device: Device
+    n_out: int, n_in: int, n_next: int, batch: int, units: int, inputs: int, warps: int, device: Device, rows: int = 32
 ) -> Persistent:
     split_out, split_in = -(-n_out // units), -(-n_in // (warps * inputs))
     next_units = power_of_two(n_next, 16, 64) if n_next else 16
-    rows = 32  # with more some specialization spills; widened bfloat16 in a larger dot would be rounded to tf32 (`_largest`)
     tiles = -(-batch // rows)
     padded, programs = tiles * rows, split_out * split_in
     products = 2 * padded * warps * inputs * units + (2 * padded * units * next_units if n_next else 0)
@@ -80,6 +79,7 @@ def persistent(
     momentum: bool,
     most_programs: int,
     device: Device = H200,
+    both: bool = False,
 ) -> Persistent | None:
     """The tiles of the persistent plan: of those near the fastest, by the model, the ones with the fewest programs.
 
@@ -88,15 +88,18 @@ def persistent(
 
     `widths` are n_in, n_out and the widths of the suffix. It serves the last layer and the one before it, where the layer
     fits the registers of at most `most_programs` programs. Its arithmetic is plain float32 whatever the precision switch
-    allows: that costs little there, and tf32 needs registers that the tiles have.
+    allows: that costs little there, and tf32 needs registers that the tiles have. `both` says that the last layer is
+    trained too, in turn with the one before it.
     """
     n_in, n_out, *suffix = widths
     n_next = suffix[0] if suffix else 0
-    if len(suffix) > 1 or n_next > 64:
+    if len(suffix) > 1 or n_next > (16 if both else 64):
         return None
+    # Found by compiling: larger tiles spill. Widened bfloat16 in a dot of 64 rows would be rounded to tf32 (`tiling._largest`).
+    rows, widest = (16, (16,)) if both else (32, (16, 32, 64))
     fitting = []
-    for warps, units, inputs in itertools.product((4, 8), (16, 32, 64), (16, 32, 64)):
-        tiles = _persistent(n_out, n_in, n_next, batch, units, inputs, warps, device)
+    for warps, units, inputs in itertools.product((4, 8), widest, widest):
+        tiles = _persistent(n_out, n_in, n_next, batch, units, inputs, warps, device, rows)
         registers = ((3 + momentum) * units * inputs + 2 * tiles.rows * (inputs + units)) // 32
         programs = tiles.split_out * tiles.split_in
         if registers > PERSISTENT_REGISTERS or programs > most_programs:
@@ -123,7 +126,7 @@ def blocks(
     """
     if len(widths) != 3:
         return None
-    hidden = persistent(widths, batch, cross_entropy, momentum, most_programs, device)
+    hidden = persistent(widths, batch, cross_entropy, momentum, most_programs, device, both=True)
     last = persistent(widths[1:], batch, cross_entropy, momentum, most_programs, device)
     if hidden is None or (last is not None and steps * (hidden.microseconds - last.microseconds) > 2 * device.block):
         return None

@@ -62,7 +62,7 @@ def run(p: Problem, batch, order, table, seed=0, momentum=0.0, nesterov=False, r
     with interleaved(seed):
         result = kernels.sngd_blocks_(
             weights, biases, p.x, p.target, order, table, batch, activations, losses.code(p.loss), torch.tensor(RATES),
-            velocity_weights, velocity_biases, momentum, nesterov, 1.0, relative, reset, tiles(p, batch),
+            velocity_weights, velocity_biases, momentum, nesterov, 1.0, relative, reset, tiles(p, batch)._replace(rows=16),
         )  # fmt: skip
     state = [t for four in zip(weights, biases, velocity_weights, velocity_biases, strict=True) for t in four if t is not None]
     return [*state, *result]
