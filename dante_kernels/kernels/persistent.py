@@ -16,7 +16,7 @@ from .barrier import arrive, meet, wait
 from .device import CROSS_ENTROPY, MSE, divide, multiply_add, phi, slope, tile_sum
 from .fused import Call, Layer, stride_of
 from .plan import Persistent
-from .tile import last_layer, load_rows, mini_batch, move, next_product, product, rows_of, sum_of_slices, with_bias
+from .tile import last_layer, load_rows, mini_batch, move, next_product, part, product, rows_of, sum_of_slices, with_bias
 
 SPACING = tl.constexpr(barrier.SPACING)
 POINTERS = tl.constexpr(14)  # of a model, in the order of the kernel's arguments
@@ -117,12 +117,9 @@ def persistent(
 
     local_row = tl.arange(0, BLOCK_B)
     local_unit = tl.arange(0, BLOCK_OUT)
-    unit = unit_group * share_out + local_unit
-    m_unit = (local_unit < share_out) & (unit < n_out)
     local_input = tl.arange(0, WARPS)[:, None] * BLOCK_IN + tl.arange(0, BLOCK_IN)[None, :]
-    column = input_group * share_in + local_input
-    # A slice ends where the next one begins, though its tile may be wider.
-    m_column = (local_input < share_in) & (column < n_in)
+    unit, m_unit = part(unit_group, share_out, n_out, local_unit)
+    column, m_column = part(input_group, share_in, n_in, local_input)
     m_w = m_unit[None, :, None] & m_column[:, None, :]
     unit_64 = unit.to(tl.int64)
     column_64 = column.to(tl.int64)
@@ -318,9 +315,13 @@ def persistent(
                     next_bias, next_v_bias, next_grad_bias, norm, lr, momentum, now, MOMENTUM, NESTEROV
                 )
 
-    # Nothing, but not for the compiler: else it would keep the addresses in registers throughout.
-    unit_64 += tl.minimum(steps, 0)
-    column_64 += tl.minimum(steps, 0)
+    # Addresses and masks once more, with a 0 that the compiler can't see: else it would keep the first in registers throughout.
+    zero = tl.minimum(steps, 0)
+    unit, m_unit = part(unit_group, share_out + zero, n_out, local_unit)
+    column, m_column = part(input_group, share_in + zero, n_in, local_input)
+    m_w = m_unit[None, :, None] & m_column[:, None, :]
+    unit_64 = unit.to(tl.int64)
+    column_64 = column.to(tl.int64)
     p_w = p_weight + unit_64[None, :, None] * stride_wo + column_64[:, None, :] * stride_wi
     tl.store(p_w, w, mask=m_w)
     if MOMENTUM:
@@ -333,9 +334,12 @@ def persistent(
                 tl.store(p_velocity_bias + unit_64 * stride_vbias, v_bias, mask=m_unit)
     if ROUNDS:
         if input_group == 0:
+            m_next_w = m_next[:, None] & m_unit[None, :]
+            p_next_w = p_next_weight + following.to(tl.int64)[:, None] * stride_no + unit_64[None, :] * stride_ni
             tl.store(p_next_w, next_w, mask=m_next_w)
             if MOMENTUM:
-                tl.store(p_next_v, next_v, mask=m_next_w)
+                p_next_v = p_next_velocity_weight + following.to(tl.int64)[:, None] * stride_nvo
+                tl.store(p_next_v + unit_64[None, :] * stride_nvi, next_v, mask=m_next_w)
         if p_next_bias is not None:
             if program == 0:
                 tl.store(p_next_bias + following.to(tl.int64) * stride_nbias, next_bias, mask=m_next)

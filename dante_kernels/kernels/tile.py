@@ -52,6 +52,13 @@ def rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B: tl.const
 
 
 @triton.jit
+def part(group, share, size, local):
+    """Which of `size` units or inputs a group's `local` ones are, and which exist: a part ends where the next one begins."""
+    index = group * share + local
+    return index, (local < share) & (index < size)
+
+
+@triton.jit
 def load_rows(p_x_columns, stride_xr, row, m_row, m_column, x_scale):
     """Rows of x at a program's columns, (WARPS, BLOCK_B, BLOCK_IN)."""
     mask = m_row[None, :, None] & m_column[:, None, :]

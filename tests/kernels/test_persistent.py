@@ -201,7 +201,13 @@ MUTANTS = {
     "no wait for the norm": (WAIT, 0, "sense = ~sense\n", SHAPES[3], 10),
     "no wait where it is the only one": (WAIT, 0, "sense = ~sense\n", SHAPES[6], 10),
     "one half of the exchange buffer": ("(step % 2)", 0, "0", SHAPES[6], 10),
-    "a slice that does not end": ("(local_input < share_in) & ", 0, "", (70, (12, 7)), 10),
+    "a slice that does not end": (
+        "n_in, local_input)\n",
+        0,
+        "n_in, local_input); m_column = column < n_in\n",
+        (70, (12, 7)),
+        10,
+    ),
 }
 
 
