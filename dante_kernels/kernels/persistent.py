@@ -333,13 +333,12 @@ def persistent(
             if MOMENTUM:
                 tl.store(p_velocity_bias + unit_64 * stride_vbias, v_bias, mask=m_unit)
     if ROUNDS:
-        if input_group == 0:
-            m_next_w = m_next[:, None] & m_unit[None, :]
-            p_next_w = p_next_weight + following.to(tl.int64)[:, None] * stride_no + unit_64[None, :] * stride_ni
-            tl.store(p_next_w, next_w, mask=m_next_w)
-            if MOMENTUM:
-                p_next_v = p_next_velocity_weight + following.to(tl.int64)[:, None] * stride_nvo
-                tl.store(p_next_v + unit_64[None, :] * stride_nvi, next_v, mask=m_next_w)
+        m_next_w = m_next[:, None] & m_unit[None, :] & (input_group == 0)
+        p_next_w = p_next_weight + following.to(tl.int64)[:, None] * stride_no + unit_64[None, :] * stride_ni
+        tl.store(p_next_w, next_w, mask=m_next_w)
+        if MOMENTUM:
+            p_next_v = p_next_velocity_weight + following.to(tl.int64)[:, None] * stride_nvo + unit_64[None, :] * stride_nvi
+            tl.store(p_next_v, next_v, mask=m_next_w)
         if p_next_bias is not None:
             if program == 0:
                 tl.store(p_next_bias + following.to(tl.int64) * stride_nbias, next_bias, mask=m_next)
