@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import losses
-from . import persistent, plan
+from . import persistent, plan, streamed
 from .fused import Layer, Pass, Update, chain, forward
 
 __all__ = ["layer_forward", "layer_gradient", "sngd_epoch_", "sngd_step_"]
@@ -25,16 +25,21 @@ def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def _wanted_plan() -> str:
+    """The plan that the environment variable DANTE_GPU_PLAN names: auto, fused or streamed."""
+    wanted = os.environ.get("DANTE_GPU_PLAN", "auto")
+    if wanted not in ("auto", "fused", "streamed"):
+        raise ValueError(f"DANTE_GPU_PLAN: expected auto, fused or streamed, got {wanted!r}")
+    return wanted
+
+
 def _most_programs(tensor: Tensor) -> int:
     """How many programs of a persistent kernel are sure to be on the device at once: one for each multiprocessor.
 
-    The interpreter runs one program after the other, so there it must be one that waits for no other. With the environment
-    variable DANTE_GPU_PLAN=fused there are none.
+    The interpreter runs one program after the other, so there it must be one that waits for no other. Where another plan is
+    wanted there are none.
     """
-    wanted = os.environ.get("DANTE_GPU_PLAN", "auto")
-    if wanted not in ("auto", "fused"):
-        raise ValueError(f"DANTE_GPU_PLAN: expected auto or fused, got {wanted!r}")
-    if wanted == "fused":
+    if _wanted_plan() != "auto":
         return 0
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
@@ -115,4 +120,7 @@ def sngd_epoch_(
     with _on_device_of(weight):
         if tiles is not None and 0 < rows < persistent.MOST_STEPS * batch_size:
             return persistent.run(layers, x, target, order, batch_size, loss, rule, tiles)
+        large = plan.streams(*weight.shape, min(batch_size, rows))
+        if _wanted_plan() == "streamed" or (_wanted_plan() == "auto" and large):
+            return streamed.run(layers, x, target, order, batch_size, loss, rule)
         return Pass(layers, x, target, order, batch_size, loss).run(rule)

@@ -87,6 +87,78 @@ UPDATE_OUT, UPDATE_IN, UPDATE_WARPS, UPDATE_PROGRAMS = 16, 128, 4, 1024
 SOFTMAX_COLUMNS, SOFTMAX_WARPS = 1024, 4
 
 
+# The streamed plan, by model (figures of an H200 from public sources), not by measurement. Per weight and step it moves 8 or 12
+# bytes where the fused plan moves 20, for four launches more, 1.3 us each in a graph. While W and G fit the L2 cache of 50 MB
+# together, what it saves is about what it costs; from 25 MB of weights on they do not, and it saves 3 us a million weights.
+STREAMED_WEIGHT = 6 * 2**20
+
+# Mini-batches up to this size have the next one's forward product in the update; larger ones would need too many registers.
+NEXT_ROWS = 128
+
+# Programs of the update and of the exact norm: about four for each multiprocessor. Each has a part of the inputs of a strip of
+# outputs, so that its partial pre-activations are summed in registers, and few of them go through memory.
+STREAMED_PROGRAMS = 512
+
+# The Gram matrices: the inner block of a product, the fewest and the aimed-at number of programs, and elements of a block of terms.
+GRAM_INNER, GRAM_SHARE, GRAM_PROGRAMS, GRAM_TERMS = 16, 256, 264, 1024
+
+# Columns that a program of the gather copies.
+GATHER_COLUMNS = 1024
+
+
+def by_gram(n_out: int, n_in: int, rows: int) -> bool:
+    """Whether the norm comes from Gram matrices, in the streamed plan, rather than from tiles of G that are not stored.
+
+    The matrices cost rows^2 (n_in + n_out) multiplications in float64, the tiles rows n_out n_in at the weights' precision, and
+    rows < 2 n_out n_in / (n_in + n_out) are fewer operations. But float64 has a quarter of the speed of three tf32 products,
+    half of theirs being saved by symmetry: so 2 becomes 1/2.
+    """
+    return 2 * rows * (n_in + n_out) < n_out * n_in
+
+
+def streams(n_out: int, n_in: int, rows: int) -> bool:
+    """Whether the streamed plan is modelled to beat the fused one, for the active layer and mini-batches of `rows`.
+
+    8 bytes a weight less at 4.3 TB/s must outweigh the Gram matrices, rows^2 (n_in + n_out) operations at 33 TFLOP/s. Without
+    them forming G a second time costs more than storing it.
+    """
+    wins = rows * rows * (n_in + n_out) < 61 * n_out * n_in
+    return n_out * n_in >= STREAMED_WEIGHT and by_gram(n_out, n_in, rows) and wins
+
+
+def library(n_out: int, n_in: int) -> bool:
+    """Whether the streamed plan leaves this layer's products with D or X to torch.mm.
+
+    By model: cuBLAS reaches 320 to 400 TFLOP/s in tf32, more than Triton's loop here; in plain float32 35 to 50, less than
+    three tf32 products. Small layers are bound by launches, and a library's product needs one more.
+    """
+    return n_out * n_in >= LARGE_WEIGHT and torch.get_float32_matmul_precision() != "highest"
+
+
+def streamed_product(n_out: int, n_in: int) -> Tiles:
+    """Tiles of the streamed plan: rows are outputs, columns inputs of W, the inner dimension the mini-batch."""
+    return Tiles(_power_of_two(n_out, 16, 64), _power_of_two(n_in, 16, 64), 32, _precision(True), 8, 2)
+
+
+def streamed_share(n_out: int, n_in: int, tiles: Tiles) -> int:
+    """Inputs of one program, in whole tiles."""
+    strips, blocks = -(-n_out // tiles.rows), -(-n_in // tiles.columns)
+    return -(-blocks // max(1, min(blocks, STREAMED_PROGRAMS // strips))) * tiles.columns
+
+
+def next_block(rows: int) -> int:
+    """Rows of the next mini-batch's tile in the update."""
+    return _power_of_two(rows, 16, NEXT_ROWS) if rows else 16
+
+
+def gram_tiles(rows: int, n_out: int, n_in: int) -> tuple[int, int]:
+    """(rows of a tile, columns of X or D that one program multiplies) of a mini-batch's Gram matrices."""
+    block = _power_of_two(rows, 16, 64)
+    along = -(-rows // block)
+    share = (n_in + n_out) * along * (along + 1) // 2 // GRAM_PROGRAMS
+    return block, max(GRAM_SHARE, -(-share // GRAM_INNER) * GRAM_INNER)
+
+
 class Device(NamedTuple):
     """What the cost model knows of a GPU. From public figures and latencies: nothing of it has been measured."""
 
