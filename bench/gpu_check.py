@@ -41,7 +41,7 @@ SHAPES = [  # rows, n_in, widths of the active layer and its suffix
     (1, 5, (4, 3)), (9, 7, (1,)), (20, 784, (100, 10)), (100, 784, (100, 10)), (100, 100, (10,)),
     (33, 784, (400, 200, 10)), (17, 65, (129, 31, 7, 5)), (50, 3072, (512, 10)), (40, 60, (30, 784)),
 ]  # fmt: skip
-PLANS = ("auto", "fused")  # as DANTE_GPU_PLAN names them
+PLANS = ("auto", "fused", "streamed")  # as DANTE_GPU_PLAN names them
 TIMED = [(784, 100, 10), (784, 400, 200, 10), (3072, 512, 10)]
 BATCHES = (20, 100, 500)
 

@@ -120,7 +120,7 @@ def sngd_epoch_(
     with _on_device_of(weight):
         if tiles is not None and 0 < rows < persistent.MOST_STEPS * batch_size:
             return persistent.run(layers, x, target, order, batch_size, loss, rule, tiles)
-        large = plan.streams(*weight.shape, min(batch_size, rows))
-        if _wanted_plan() == "streamed" or (_wanted_plan() == "auto" and large):
+        large = plan.streams(layers[0].n_out, layers[0].n_in, min(batch_size, rows))
+        if _wanted_plan() == "streamed" or (large and _wanted_plan() == "auto"):
             return streamed.run(layers, x, target, order, batch_size, loss, rule)
         return Pass(layers, x, target, order, batch_size, loss).run(rule)

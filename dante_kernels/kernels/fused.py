@@ -111,7 +111,7 @@ class Pass:
         """What comes after D: G, the bias's gradient, and the sums of their squares."""
         active = self.chain[0]
         self.gradient_tiles = plan.gradient_product(active.n_out, active.n_in, self.x.dtype)
-        self.grad: Tensor | None = self._scratch(active.n_out, active.n_in)
+        self.grad = self._scratch(active.n_out, active.n_in)
         self.grad_bias = None if active.bias is None else self._scratch(active.n_out)
         strips = ceil(active.n_out, self.gradient_tiles.rows)
         self.programs = strips * ceil(active.n_in, self.gradient_tiles.columns) + (0 if active.bias is None else strips)
@@ -133,7 +133,8 @@ class Pass:
         last, from_x = epilogue == layers.LAST, a is self.x
         launcher.launch(
             layers.product, (ceil(rows, tiles.rows), ceil(layer.n_out, tiles.columns)),
-            *((a, layer.weight) if slices is None else (None, None)), layer.bias, self.h[i], self.g[i] if i < len(self.g) else None, slices,
+            *((a, layer.weight) if slices is None else (None, None)), layer.bias, self.h[i],
+            self.g[i] if i < len(self.g) else None, slices,
             target if last else None, order if last or from_x else None, self.loss_partials if last else None,
             start, rows, self.x.shape[0], layer.n_out, layer.n_in, 0 if slices is None else slices.shape[0],
             *a.stride(), layer.weight.stride(1), layer.weight.stride(0), stride_of(layer.bias), stride_of(order),
@@ -206,14 +207,14 @@ class Pass:
 
     def update(self, rule: Update | None, rows: int, losses: Tensor | None, norms: Tensor, at: int) -> None:
         """The norm to norms[at], the loss to losses[at], and, with a rule, the step itself."""
-        weight, bias = (None, None) if rule is None else self.chain[0][:2]
+        weight, bias, grad, grad_bias = (None,) * 4 if rule is None else (*self.chain[0][:2], self.grad, self.grad_bias)
         n_out, n_in = self.chain[0].weight.shape
         tiles = ceil(n_out, plan.UPDATE_OUT) * ceil(n_in, plan.UPDATE_IN)
         velocity_weight = None if rule is None else rule.velocity_weight
         velocity_bias = None if rule is None else rule.velocity_bias
         launcher.launch(
             step.update, (1 if rule is None else min(tiles, plan.UPDATE_PROGRAMS),),
-            weight, bias, velocity_weight, velocity_bias, self.grad, self.grad_bias, self.partials, self.loss_partials,
+            weight, bias, velocity_weight, velocity_bias, grad, grad_bias, self.partials, self.loss_partials,
             losses, norms, None if rule is None else rule.lr,
             at, self.programs, self._loss_programs(rows), n_out, n_in,
             *((0, 0) if weight is None else weight.stride()), stride_of(bias),

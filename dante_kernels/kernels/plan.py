@@ -92,14 +92,15 @@ SOFTMAX_COLUMNS, SOFTMAX_WARPS = 1024, 4
 # together, what it saves is about what it costs; from 25 MB of weights on they do not, and it saves 3 us a million weights.
 STREAMED_WEIGHT = 6 * 2**20
 
-# Mini-batches up to this size have the next one's forward product in the update; larger ones would need too many registers.
-NEXT_ROWS = 128
+# Mini-batches up to this size have their forward product in the update before. With more rows the three tf32 products spill on
+# sm_80 and sm_90, and reading both mini-batches from L2 for every strip of outputs takes longer than W from memory.
+NEXT_ROWS = 64
 
 # Programs of the update and of the exact norm: about four for each multiprocessor. Each has a part of the inputs of a strip of
 # outputs, so that its partial pre-activations are summed in registers, and few of them go through memory.
 STREAMED_PROGRAMS = 512
 
-# The Gram matrices: the inner block of a product, the fewest and the aimed-at number of programs, and elements of a block of terms.
+# The Gram matrices: a product's inner block, a program's fewest columns, programs aimed at, and a block of terms.
 GRAM_INNER, GRAM_SHARE, GRAM_PROGRAMS, GRAM_TERMS = 16, 256, 264, 1024
 
 # Columns that a program of the gather copies.
@@ -137,7 +138,9 @@ def library(n_out: int, n_in: int) -> bool:
 
 def streamed_product(n_out: int, n_in: int) -> Tiles:
     """Tiles of the streamed plan: rows are outputs, columns inputs of W, the inner dimension the mini-batch."""
-    return Tiles(_power_of_two(n_out, 16, 64), _power_of_two(n_in, 16, 64), 32, _precision(True), 8, 2)
+    precision = _precision(True)
+    widest = 32 if precision == "tf32x3" else 64  # found by compiling: wider ones spill
+    return Tiles(_power_of_two(n_out, 16, 64), _power_of_two(n_in, 16, widest), 32, precision, 8, 2)
 
 
 def streamed_share(n_out: int, n_in: int, tiles: Tiles) -> int:
@@ -152,8 +155,11 @@ def next_block(rows: int) -> int:
 
 
 def gram_tiles(rows: int, n_out: int, n_in: int) -> tuple[int, int]:
-    """(rows of a tile, columns of X or D that one program multiplies) of a mini-batch's Gram matrices."""
-    block = _power_of_two(rows, 16, 64)
+    """(rows of a tile, columns of X or D that one program multiplies) of a mini-batch's Gram matrices.
+
+    Tiles of 64 rows in float64 do not compile for sm_100 in Triton 3.7.
+    """
+    block = _power_of_two(rows, 16, 32)
     along = -(-rows // block)
     share = (n_in + n_out) * along * (along + 1) // 2 // GRAM_PROGRAMS
     return block, max(GRAM_SHARE, -(-share // GRAM_INNER) * GRAM_INNER)

@@ -147,5 +147,7 @@ def update(
                     if tile % tiles_in == 0:
                         m_out = out < n_out
                         grad_bias = tl.load(p_grad_bias + out, mask=m_out, other=0.0)
-                        at, velocity_at = out.to(tl.int64) * stride_bias, out.to(tl.int64) * stride_vbias
-                        descend(p_bias, at, p_velocity_bias, velocity_at, m_out, grad_bias, norm, lr, momentum, NESTEROV)
+                        at_bias, velocity_at_bias = out.to(tl.int64) * stride_bias, out.to(tl.int64) * stride_vbias
+                        descend(
+                            p_bias, at_bias, p_velocity_bias, velocity_at_bias, m_out, grad_bias, norm, lr, momentum, NESTEROV
+                        )

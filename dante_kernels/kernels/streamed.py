@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-# ruff: noqa: SIM102, SIM108 - an `if` on a constexpr is decided at compile time, and stands apart from the others
+# ruff: noqa: SIM102 - an `if` on a constexpr is decided at compile time, and stands apart from the others
 """The streamed plan, for layers that do not fit on chip: G is never stored, and W is read and written once a step.
 
 The norm comes from Gram matrices; the update forms tiles of G in registers and multiplies the tiles of W that it has just
@@ -47,9 +47,9 @@ def gram(
 ):  # fmt: skip
     """Partial X X^T and D D^T, the tiles on and below the diagonal, in float64: float32 products are exact in it.
 
-    A grid of (T, T, slices), T = ceil(rows / BLOCK). The first slices_x slices of `gram` (slices, rows, rows) hold products over
-    `share` columns of X (rows, n_in) each, the others of D (rows, n_out), both contiguous. Bytes: X and D read T times, `gram`
-    written half.
+    A grid of (T, T, slices), T = ceil(rows / BLOCK). The first slices_x slices of `gram` (slices, rows, rows) hold products
+    over `share` columns of X (rows, n_in) each, the others of D (rows, n_out), both contiguous. Bytes: X and D read T times,
+    `gram` written half.
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     other = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -77,8 +77,8 @@ def gram(
 def gram_terms(p_gram, p_terms, rows, slices_x, slices, one, BLOCK: tl.constexpr):
     """Each program's sum of (<x_i, x_j> + one) <d_i, d_j>, and of the absolute values, to `terms` (2, programs), float64.
 
-    i >= j, off the diagonal twice; one = 1 where the layer has a bias, else 0. A 1D grid of ceil(rows^2 / BLOCK) programs, which
-    add up the slices in order.
+    i >= j, off the diagonal twice; one = 1 where the layer has a bias, else 0. A 1D grid of ceil(rows^2 / BLOCK) programs,
+    which add up the slices in order.
     """
     size = rows.to(tl.int64) * rows
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -208,7 +208,6 @@ class Streamed(Pass):
     def _gradient_scratch(self) -> None:
         active, rows = self.chain[0], self.batch_size
         n_out, n_in = active.n_out, active.n_in
-        self.grad = self.grad_bias = None
         self.w_tiles = plan.streamed_product(n_out, n_in)
         self.share = plan.streamed_share(n_out, n_in, self.w_tiles)
         self.strips, self.slices = ceil(n_out, self.w_tiles.rows), ceil(n_in, self.share)
@@ -216,6 +215,7 @@ class Streamed(Pass):
         self.programs = min(tiles, plan.STREAMED_PROGRAMS)
         self.partials = self._scratch(self.programs)
         self.inputs = [self._scratch(rows, n_in) for _ in range(2)]
+        self.gathered = self.inputs[0]  # the current mini-batch's
         self.z = self._scratch(self.slices * min(rows, plan.NEXT_ROWS) * n_out)
         widest = [max(layer.n_out, layer.n_in) for layer in self.chain if plan.library(layer.n_out, layer.n_in)]
         self.product = self._scratch(rows * max(widest, default=0))
@@ -310,7 +310,6 @@ class Streamed(Pass):
         """All mini-batches in turn; (losses, norms), one of each a step."""
         starts = range(0, self.rows, self.batch_size)
         losses, norms = (self._scratch(len(starts)) for _ in range(2))
-        self.gathered = self.inputs[0]
         # A step by a norm of 0 changes nothing, and leaves the first mini-batch's forward product as every later one's is made.
         self._advance(rule, self.h[-1], 0, torch.zeros_like(norms[:1]), 0, 0, self.batch_size)
         for at, start in enumerate(starts):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -27,7 +28,7 @@ from dante_kernels.kernels import launcher, layers
 CAPABILITIES = (80, 90, 100)
 EPILOGUES = {layers.FORWARD: "forward", layers.LAST: "last", layers.BACKWARD: "backward"}
 LEAKY, SIGMOID, TANH = [0.0, 0.01, 1.0], [1.0, 1.0, 1.0], [2.0, 1.0, 1.0]
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
 
 # widths, batch, loss, activation, precision, what is special
 CASES = [
@@ -64,6 +65,19 @@ PERSISTENT_CASES = [
 ]
 
 
+STREAMED_CASES = [
+    ((3072, 2048, 10), 100, "mse", LEAKY, "highest", "momentum"),
+    ((3072, 2048, 10), 20, "mse", LEAKY, "highest", ""),
+    ((3072, 2048, 10), 100, "mse", LEAKY, "high", "bfloat16"),
+    ((3072, 2048, 10), 50, "mse", LEAKY, "high", "transposed"),
+    ((3072, 2048, 10), 20, "mse", LEAKY, "medium", ""),
+    ((12288, 3072, 1536, 10), 200, "cross_entropy", LEAKY, "high", "momentum"),
+    ((1024, 12288), 60, "mse", SIGMOID, "high", ""),
+    ((70000, 100), 20, "cross_entropy", LEAKY, "highest", ""),
+    ((21, 18, 3), 7, "mse", LEAKY, "highest", "momentum"),
+]
+
+
 class Collector:
     """Stands in for `launcher.launch`: keeps each different specialization once."""
 
@@ -95,14 +109,21 @@ class Collector:
             options |= {"launch_cooperative_grid": True, "maxnreg": launcher.REGISTERS}
         label = kernel.__name__
         if "EPILOGUE" in constants:
+            label = "epilogue" if args[0] is None else label
             label += " " + EPILOGUES[constants["EPILOGUE"]]
         if "PRECISION" in constants:
             rows, columns, inner = (
-                ("BLOCK_OUT", "BLOCK_IN", "BLOCK_B") if label == "gradient" else ("BLOCK_B", "BLOCK_OUT", "BLOCK_IN")
+                ("BLOCK_OUT", "BLOCK_IN", "BLOCK_B")
+                if label in ("gradient", "squares", "advance")
+                else ("BLOCK_B", "BLOCK_OUT", "BLOCK_IN")
             )
             label += f" {constants['PRECISION']} {constants[rows]}x{constants[columns]}x{constants[inner]}"
+            if "BLOCK_NEXT" in constants and not persistent:
+                label += f", {constants['BLOCK_NEXT'] if args[6] is not None else 'no'} next rows"
             if persistent:
                 label += f" x {num_warps} warps, {constants['SPLIT_OUT']} x {constants['SPLIT_IN']} programs"
+        if label.startswith("gram"):
+            label += f" {constants['BLOCK']}"
         key = repr((label, signature, constexprs, attributes, options))
         self.found.setdefault(key, (label, kernel, signature, constexprs, attributes, options))
 
@@ -182,9 +203,11 @@ def main() -> None:
     capabilities = parser.parse_args().capability or CAPABILITIES
     collector = Collector()
     launcher.launch = collector.launch
-    for most_programs in (0, 132):  # the fused step, then the persistent plan where it is chosen on an H200
+    for plan, cases in (("fused", CASES), ("auto", CASES + PERSISTENT_CASES), ("streamed", STREAMED_CASES)):
+        os.environ["DANTE_GPU_PLAN"] = plan
+        most_programs = 132 if plan == "auto" else 0  # as on an H200
         kernels._most_programs = lambda tensor, most=most_programs: most
-        for case in CASES + (PERSISTENT_CASES if most_programs else []):
+        for case in cases:
             run_case(*case)
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
