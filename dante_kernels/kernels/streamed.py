@@ -286,7 +286,7 @@ class Streamed(Pass):
             d, x, self.terms if by_gram else None, self.partials, rows, terms, n_out, n_in,
             BIAS=active.bias is not None, PRECISION=tiles.precision,
             BLOCK_OUT=tiles.rows, BLOCK_IN=tiles.columns, BLOCK_B=tiles.inner,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, all_registers=True,
         )  # fmt: skip
 
     def _advance(self, rule: Update, d: Tensor, rows: int, norms: Tensor, at: int, start: int, next_rows: int) -> None:
@@ -303,7 +303,7 @@ class Streamed(Pass):
             *weight.stride(), stride_of(bias), *((0, 0) if velocity is None else velocity.stride()), stride_of(velocity_bias),
             rule.momentum, NESTEROV=rule.nesterov, PRECISION=tiles.precision,
             BLOCK_OUT=tiles.rows, BLOCK_IN=tiles.columns, BLOCK_B=tiles.inner, BLOCK_NEXT=plan.next_block(next_rows),
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, all_registers=True,
         )  # fmt: skip
 
     def run(self, rule: Update) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,7 @@ class Collector:
     def __init__(self) -> None:
         self.found: dict[str, tuple] = {}
 
-    def launch(self, kernel, grid, *args, num_warps, num_stages, persistent=False, **constants) -> None:
+    def launch(self, kernel, grid, *args, num_warps, num_stages, persistent=False, all_registers=False, **constants) -> None:
         signature, constexprs, attributes = {}, dict(constants), {}
         names = kernel.arg_names
         assert [name for name in names if name not in constants] == names[: len(args)]
@@ -104,9 +104,7 @@ class Collector:
             if aligned:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys(constants, "constexpr")
-        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": launcher.ENABLE_FP_FUSION}
-        if persistent:
-            options |= {"launch_cooperative_grid": True, "maxnreg": launcher.REGISTERS}
+        options = {"num_warps": num_warps, "num_stages": num_stages, **launcher.options_of(persistent, all_registers)}
         label = kernel.__name__
         if "EPILOGUE" in constants:
             label = "epilogue" if args[0] is None else label
