@@ -37,12 +37,13 @@ from support import ACTIVATIONS, LOSSES, Problem, assert_error_rule, make_proble
 from bench.peers.cuda_graph import graph_of
 from dante_kernels import losses, ops, reference
 from dante_kernels.ops import Layer, backends
+from dante_kernels.training.run import matmul_precision
 
 SHAPES = [  # rows, n_in, widths of the active layer and its suffix
     (1, 5, (4, 3)), (9, 7, (1,)), (20, 784, (100, 10)), (100, 784, (100, 10)), (100, 100, (10,)),
     (33, 784, (400, 200, 10)), (17, 65, (129, 31, 7, 5)), (50, 3072, (512, 10)), (40, 60, (30, 784)),
 ]  # fmt: skip
-PLANS = ("auto", "fused")  # as DANTE_GPU_PLAN names them
+PLANS = ("auto", "fused", "streamed")  # as DANTE_GPU_PLAN names them
 TIMED = [(784, 100, 10), (784, 400, 200, 10), (3072, 512, 10)]
 BATCHES = (20, 100, 500)
 
@@ -220,19 +221,21 @@ def check_graph_replays(device: torch.device, few: bool) -> str:
         raise Skipped("there are no CUDA graphs on this device")
     from dante_kernels.kernels import graphs
 
-    for rows, n_in, widths in SHAPES:
+    passes = [(plan, "highest", shape) for plan in ("fused", "streamed") for shape in SHAPES]
+    passes.append(("streamed", "high", (300, 3072, (1024, 10))))  # some of whose products are the library's
+    for plan, precision, (rows, n_in, widths) in passes:
         pair = [moved(make_problem(seed=6, rows=rows, n_in=n_in, widths=widths), device) for _ in range(2)]
         for call in range(4):
             order = torch.randperm(rows, generator=torch.Generator().manual_seed(call)).to(device)
             results = []
             for switch, p in zip(("1", "0"), pair, strict=True):
-                with chosen_plan("fused", graphs=switch):
+                with chosen_plan(plan, graphs=switch), matmul_precision(precision):
                     out = ops.sngd_epoch_(*p.args[:4], order, -(-rows // 3), *p.args[4:], 0.1 / (call + 1), backend="triton")
                 results.append((*out, p.weight, p.bias))
-            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), f"{n_in}-{widths}, call {call}"
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), f"{plan}, {n_in}-{widths}, call {call}"
     kept = [entry for entry in graphs._shared.entries.values() if entry.recording is not None]
     assert graphs._shared.usable, "a recording failed"
-    assert len(kept) >= len(SHAPES), "nothing was replayed"
+    assert len(kept) >= len(passes), "nothing was replayed"
     return f"{len(kept)} graphs, {sum(entry.bytes for entry in kept) / 2**20:.1f} MiB"
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import losses
-from . import fused, graphs, persistent, plan
+from . import fused, graphs, persistent, plan, streamed
 from .fused import Call, Layer, Pass, chain, forward
 
 __all__ = ["blocks_tiles", "layer_forward", "layer_gradient", "sngd_blocks_", "sngd_epoch_", "sngd_epochs_", "sngd_step_"]
@@ -106,7 +106,8 @@ def sngd_epochs_(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]
     with _on_device_of(one.weight):
         if choice.tiles is None:
             launches = choice.launches * -(-one.rows // one.batch_size)
-            return [graphs.run(fused.run, tuple(call), (call.order, call.lr), launches) for call in group]
+            run = streamed.run if choice.plan == "streamed" else fused.run
+            return [graphs.run(run, tuple(call), (call.order, call.lr), launches) for call in group]
         at_once = most // (choice.tiles.split_out * choice.tiles.split_in)
         results: list[tuple[Tensor, Tensor]] = []
         for first in range(0, len(group), at_once):

@@ -37,10 +37,17 @@ class Device(NamedTuple):
     streamed_fma: float = 0.15  # the same in a product whose operands stream through shared memory: 40 TFLOP/s in all
     tf32: float = 1.2  # likewise with tf32 operands: 320 TFLOP/s in all
     bf16: float = 3.0  # likewise with bfloat16 operands: 790 TFLOP/s in all
+    float64: float = 0.1  # likewise in float64, as `tiling.by_gram` takes it: 26 TFLOP/s in all
 
     def rate(self, precision: str) -> float:
         """Millions of multiply-adds a microsecond on one multiprocessor, in a product of this arithmetic."""
-        rates = {"ieee": self.streamed_fma, "tf32x3": self.tf32 / 3, "tf32": self.tf32, "bf16": self.bf16}
+        rates = {
+            "float64": self.float64,
+            "ieee": self.streamed_fma,
+            "tf32x3": self.tf32 / 3,
+            "tf32": self.tf32,
+            "bf16": self.bf16,
+        }
         return rates[precision]
 
 
@@ -168,22 +175,82 @@ def _library_chain(shape: Shape, device: Device) -> list[Launch]:
     return launches
 
 
-def streamed(shape: Shape, device: Device) -> Cost:
-    """A step with a library's products and no G: the norm from Gram matrices, then one rank-b update of W in place.
+def _sum_of_slices(rows: int, columns: int, slices: int, how: tiling.Tiles) -> Launch:
+    """`layers.product` where another kernel has made the product, in so many slices."""
+    each = 4 * (slices + 2)
+    programs = _ceil(rows, how.rows) * _ceil(columns, how.columns)
+    return Launch(programs, 0, each * how.rows * how.columns, each * rows * columns)
 
-    W is read forward, and read and written once by the update; with momentum the velocity takes the rank-b update, and W
-    follows it.
-    """
+
+def _norm_without_gradient(shape: Shape) -> list[Launch]:
+    """The streamed plan's norm: Gram matrices where they serve, else tiles of G that are not stored."""
     n_in, n_out, *_ = shape.widths
-    batch = shape.batch
-    launches = _library_chain(shape, device)
-    launches += [_library_product(batch, batch, width, shape, device) for width in (n_in, n_out)]
-    launches += [_elementwise(2 * batch * batch, device), _elementwise(2 * batch * n_out, device)]
-    update, weight = _library_product(n_out, n_in, batch, shape, device), 4 * n_in * n_out  # which is read besides
-    launches.append(update._replace(drawn=update.drawn + weight / update.programs, moved=update.moved + weight))
-    if shape.momentum:
-        launches.append(_elementwise(3 * n_in * n_out, device))
-    launches += [_elementwise(3 * n_out, device)] * shape.bias
+    batch, tiles = shape.batch, tiling.streamed_product(n_out, n_in, shape.precision)
+    strips, blocks = _ceil(n_out, tiles.rows), _ceil(n_in, tiles.columns)
+    programs = min(strips * (blocks + shape.bias), tiling.STREAMED_PROGRAMS)
+    last = Launch(1, 0, 4 * programs, 4 * programs)
+    if tiling.by_gram(n_out, n_in, batch):
+        block, share = tiling.gram_tiles(batch, n_out, n_in)
+        slices, along = _ceil(n_in, share) + _ceil(n_out, share), _ceil(batch, block)
+        pairs, terms = along * (along + 1) // 2, _ceil(batch * batch, tiling.GRAM_TERMS)
+        inner, result = min(share, max(n_in, n_out)), 8 * block * block
+        moved = 4 * batch * (n_in + n_out) + slices * pairs * result
+        gram = Launch(slices * pairs, block * block * inner, 8 * block * inner + result, moved, "float64")
+        drawn, moved = 8 * slices * min(batch * batch, tiling.GRAM_TERMS), 8 * slices * batch * batch
+        return [gram, Launch(terms, 0, drawn, moved), Launch(programs, 0, 16 * terms, 16 * terms), last]
+    each = _ceil(strips * blocks, programs)
+    products = each * tiles.rows * tiles.columns * _ceil(batch, tiles.inner) * tiles.inner
+    drawn, moved = 4 * batch * (tiles.rows + tiles.columns) * each, 4 * batch * (n_in + n_out)
+    return [Launch(programs, products, drawn, moved, tiles.precision), last]
+
+
+def _advance(shape: Shape) -> Launch:
+    """The streamed plan's update, with the next mini-batch's forward product where its rows are few enough."""
+    n_in, n_out, *_ = shape.widths
+    batch, tiles = shape.batch, tiling.streamed_product(n_out, n_in, shape.precision)
+    share = tiling.streamed_share(n_out, n_in, tiles)
+    slices, each = _ceil(n_in, share), 16 if shape.momentum else 8  # W read and written, and likewise the velocity
+    products = tiles.rows * share * _ceil(batch, tiles.inner) * tiles.inner
+    drawn = each * tiles.rows * share + 4 * batch * (share // tiles.columns * tiles.rows + share)
+    moved = each * n_in * n_out + 4 * batch * (n_in + n_out)
+    if batch <= tiling.NEXT_ROWS:
+        products += tiles.rows * share * tiling.next_block(batch)
+        drawn += 4 * batch * (share + tiles.rows)
+        moved += 4 * batch * (n_in + slices * n_out)
+    return Launch(_ceil(n_out, tiles.rows) * slices, products, drawn, moved, tiles.precision)
+
+
+def streamed(shape: Shape, device: Device) -> Cost:
+    """A step of `streamed.py`, as it is within a pass: each step gathers the next one's rows of x.
+
+    A library's products, where they are allowed, take one launch more each, for their epilogue.
+    """
+    n_in, n_out, *suffix = shape.widths
+    batch, outputs = shape.batch, shape.widths[-1]
+    w_tiles = tiling.streamed_product(n_out, n_in, shape.precision)
+    launches = []
+    for i, (k, n) in enumerate(pairwise(shape.widths)):
+        how = tiling.step_product(n, k, shape.precision)
+        if i == 0 and batch <= tiling.NEXT_ROWS:
+            launches.append(_sum_of_slices(batch, n, _ceil(k, tiling.streamed_share(n, k, w_tiles)), how))
+        elif tiling.library(n, k, shape.precision):
+            launches += [_library_product(batch, n, k, shape, device), _sum_of_slices(batch, n, 1, how)]
+        else:
+            launches.append(_product(batch, n, k, how, results=2))
+        wide_softmax = shape.loss == losses.CROSS_ENTROPY and n > how.columns
+    if wide_softmax:
+        launches.append(Launch(batch, 0, 20 * outputs, 20 * batch * outputs))
+    for k, n in reversed(list(pairwise((n_out, *suffix)))):
+        how = tiling.step_product(k, n, shape.precision)
+        if tiling.library(n, k, shape.precision):
+            launches += [_library_product(batch, k, n, shape, device), _sum_of_slices(batch, k, 1, how)]
+        else:
+            launches.append(_product(batch, k, n, how, results=2))
+    launches += _norm_without_gradient(shape)
+    each = 4 + shape.x_dtype.itemsize
+    programs = batch * _ceil(n_in, tiling.GATHER_COLUMNS)
+    launches.append(Launch(programs, 0, each * min(n_in, tiling.GATHER_COLUMNS), each * batch * n_in))
+    launches.append(_advance(shape))
     return _total(launches, _working_set(shape, 2 if shape.momentum else 1), device)
 
 

@@ -181,8 +181,8 @@ def tile_sum(tile):
 
 @triton.jit
 def sum_of(p_partials, count, BLOCK: tl.constexpr):
-    """The sum of `count` floats in memory, in an order that depends on `count` alone."""
-    acc = tl.zeros([BLOCK], tl.float32)
+    """The sum of `count` numbers in memory, in their type and in an order that depends on `count` alone."""
+    acc = tl.zeros([BLOCK], p_partials.dtype.element_ty)
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
         acc += tl.load(p_partials + at, mask=at < count, other=0.0)

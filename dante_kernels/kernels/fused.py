@@ -94,7 +94,8 @@ def chain(
     return [Layer(w, b, int(kind), low, high) for w, b, (kind, low, high) in parameters]
 
 
-def _ceil(size: int, block: int) -> int:
+def ceil(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
     return (size + block - 1) // block
 
 
@@ -108,9 +109,9 @@ def forward(x: Tensor, layer: Layer, out: Tensor, x_scale: float = 1.0) -> None:
     rows = x.shape[0]
     tiles = tiling.forward_product(layer.n_out, layer.n_in, x.dtype)
     launcher.launch(
-        layers.product, (_ceil(rows, tiles.rows), _ceil(layer.n_out, tiles.columns)),
-        x, layer.weight, layer.bias, out, None, None, None, None,
-        0, rows, rows, layer.n_out, layer.n_in,
+        layers.product, (ceil(rows, tiles.rows), ceil(layer.n_out, tiles.columns)),
+        x, layer.weight, layer.bias, out, None, None, None, None, None,
+        0, rows, rows, layer.n_out, layer.n_in, 0,
         *x.stride(), layer.weight.stride(1), layer.weight.stride(0), stride_of(layer.bias), 0, 0, 0,
         layer.low, layer.high, 1.0, x_scale,
         EPILOGUE=layers.FORWARD, KIND=layer.kind, LOSS=0, CLASSES=False, FROM_X=True, PRECISION=tiles.precision,
@@ -137,45 +138,54 @@ class Pass:
         x_scale: float = 1.0,
     ) -> None:
         self.chain, self.x, self.target, self.order, self.loss, self.x_scale = chain, x, target, order, loss, x_scale
-        active, last = chain[0], chain[-1]
+        last = chain[-1]
         self.rows = x.shape[0] if order is None else order.shape[0]
         self.batch_size = min(batch_size, self.rows)
         self.tiles = [tiling.step_product(layer.n_out, layer.n_in) for layer in chain]
-        self.gradient_tiles = tiling.gradient_product(active.n_out, active.n_in, x.dtype)
         self.wide_softmax = loss == losses.CROSS_ENTROPY and last.n_out > self.tiles[-1].columns
-
-        def scratch(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-        self.h = [scratch(self.batch_size, layer.n_out) for layer in chain]
+        self.h = [self._scratch(self.batch_size, layer.n_out) for layer in chain]
         slopes = chain if self.wide_softmax else chain[:-1]
-        self.g = [scratch(self.batch_size, layer.n_out) for layer in slopes]
-        self.grad = scratch(active.n_out, active.n_in)
-        self.grad_bias = None if active.bias is None else scratch(active.n_out)
-        strips = _ceil(active.n_out, self.gradient_tiles.rows)
-        self.programs = strips * _ceil(active.n_in, self.gradient_tiles.columns) + (0 if active.bias is None else strips)
-        self.partials = scratch(self.programs)
-        self.loss_partials = scratch(self._loss_programs(self.batch_size))
+        self.g = [self._scratch(self.batch_size, layer.n_out) for layer in slopes]
+        self.loss_partials = self._scratch(self._loss_programs(self.batch_size))
+        self._gradient_scratch()
+
+    def _scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.x.device)
+
+    def _gradient_scratch(self) -> None:
+        """What comes after D: G, the bias's gradient, and the sums of their squares."""
+        active = self.chain[0]
+        self.gradient_tiles = tiling.gradient_product(active.n_out, active.n_in, self.x.dtype)
+        self.grad = self._scratch(active.n_out, active.n_in)
+        self.grad_bias = None if active.bias is None else self._scratch(active.n_out)
+        strips = ceil(active.n_out, self.gradient_tiles.rows)
+        self.programs = strips * ceil(active.n_in, self.gradient_tiles.columns) + (0 if active.bias is None else strips)
+        self.partials = self._scratch(self.programs)
 
     def _loss_programs(self, rows: int) -> int:
         if self.wide_softmax:
             return rows
-        return _ceil(rows, self.tiles[-1].rows) * _ceil(self.chain[-1].n_out, self.tiles[-1].columns)
+        return ceil(rows, self.tiles[-1].rows) * ceil(self.chain[-1].n_out, self.tiles[-1].columns)
 
-    def _product(self, i: int, epilogue: int, start: int, rows: int) -> None:
+    def _input(self, i: int) -> Tensor:
+        """Layer i's input."""
+        return self.h[i - 1] if i else self.x
+
+    def _product(self, i: int, epilogue: int, start: int, rows: int, slices: Tensor | None = None) -> None:
         """Layer i forward: h[i], g[i]; as the last layer D instead of h, and the loss's partial sums."""
         layer, tiles, target, order = self.chain[i], self.tiles[i], self.target, self.order
-        a = self.x if i == 0 else self.h[i - 1]
-        last = epilogue == layers.LAST
+        a = self._input(i)
+        last, from_x = epilogue == layers.LAST, a is self.x
         launcher.launch(
-            layers.product, (_ceil(rows, tiles.rows), _ceil(layer.n_out, tiles.columns)),
-            a, layer.weight, layer.bias, self.h[i], self.g[i] if i < len(self.g) else None,
-            target if last else None, order if last or i == 0 else None, self.loss_partials if last else None,
-            start, rows, self.x.shape[0], layer.n_out, layer.n_in,
+            layers.product, (ceil(rows, tiles.rows), ceil(layer.n_out, tiles.columns)),
+            *((a, layer.weight) if slices is None else (None, None)), layer.bias, self.h[i],
+            self.g[i] if i < len(self.g) else None, slices,
+            target if last else None, order if last or from_x else None, self.loss_partials if last else None,
+            start, rows, self.x.shape[0], layer.n_out, layer.n_in, 0 if slices is None else slices.shape[0],
             *a.stride(), layer.weight.stride(1), layer.weight.stride(0), stride_of(layer.bias), stride_of(order),
             *self._target_strides(), layer.low, layer.high, self._scale(rows), self.x_scale,
             EPILOGUE=epilogue, KIND=layer.kind, LOSS=self.loss if last else 0, CLASSES=last and target.dim() == 1,
-            FROM_X=i == 0, PRECISION=tiles.precision,
+            FROM_X=from_x, PRECISION=tiles.precision,
             BLOCK_B=tiles.rows, BLOCK_OUT=tiles.columns, BLOCK_IN=tiles.inner,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
@@ -190,14 +200,14 @@ class Pass:
             num_warps=tiling.SOFTMAX_WARPS, num_stages=1,
         )  # fmt: skip
 
-    def _backward(self, i: int, d: Tensor, rows: int) -> Tensor:
+    def _backward(self, i: int, d: Tensor, rows: int, slices: Tensor | None = None) -> Tensor:
         """D of layer i from the next layer's: D <- (D W) g, in place of g[i]."""
         layer, out = self.chain[i + 1], self.g[i]
         tiles = tiling.step_product(layer.n_in, layer.n_out)
         launcher.launch(
-            layers.product, (_ceil(rows, tiles.rows), _ceil(layer.n_in, tiles.columns)),
-            d, layer.weight, None, out, out, None, None, None,
-            0, rows, rows, layer.n_in, layer.n_out,
+            layers.product, (ceil(rows, tiles.rows), ceil(layer.n_in, tiles.columns)),
+            *((d, layer.weight) if slices is None else (None, None)), None, out, out, slices, None, None, None,
+            0, rows, rows, layer.n_in, layer.n_out, 0 if slices is None else slices.shape[0],
             *d.stride(), *layer.weight.stride(), 0, 0, 0, 0, 0.0, 0.0, 1.0, 1.0,
             EPILOGUE=layers.BACKWARD, KIND=0, LOSS=0, CLASSES=False, FROM_X=False, PRECISION=tiles.precision,
             BLOCK_B=tiles.rows, BLOCK_OUT=tiles.columns, BLOCK_IN=tiles.inner,
@@ -215,8 +225,8 @@ class Pass:
     def _scale(self, rows: int) -> float:
         return (2.0 if self.loss == losses.MSE else 1.0) / self._elements(rows)
 
-    def gradient(self, start: int, rows: int) -> None:
-        """grad, grad_bias and all partial sums, for the mini-batch of `rows` rows at `start`."""
+    def residual(self, start: int, rows: int) -> Tensor:
+        """D of the active layer and the loss's partial sums, for the mini-batch of `rows` rows at `start`."""
         last = len(self.chain) - 1
         for i in range(last):
             self._product(i, layers.FORWARD, start, rows)
@@ -226,6 +236,11 @@ class Pass:
         d = self.h[-1]
         for i in reversed(range(last)):
             d = self._backward(i, d, rows)
+        return d
+
+    def gradient(self, start: int, rows: int) -> None:
+        """grad, grad_bias and all partial sums, for the mini-batch of `rows` rows at `start`."""
+        d = self.residual(start, rows)
         tiles, active = self.gradient_tiles, self.chain[0]
         launcher.launch(
             step.gradient, (self.programs,),
@@ -237,14 +252,14 @@ class Pass:
 
     def update(self, rule: Update | None, rows: int, losses: Tensor | None, norms: Tensor, at: int) -> None:
         """The norm to norms[at], the loss to losses[at], and, with a rule, the step itself."""
-        weight, bias = (None, None) if rule is None else self.chain[0][:2]
-        n_out, n_in = self.grad.shape
-        tiles = _ceil(n_out, tiling.UPDATE_OUT) * _ceil(n_in, tiling.UPDATE_IN)
+        weight, bias, grad, grad_bias = (None,) * 4 if rule is None else (*self.chain[0][:2], self.grad, self.grad_bias)
+        n_out, n_in = self.chain[0].weight.shape
+        tiles = ceil(n_out, tiling.UPDATE_OUT) * ceil(n_in, tiling.UPDATE_IN)
         velocity_weight = None if rule is None else rule.velocity_weight
         velocity_bias = None if rule is None else rule.velocity_bias
         launcher.launch(
             step.update, (1 if rule is None else min(tiles, tiling.UPDATE_PROGRAMS),),
-            weight, bias, velocity_weight, velocity_bias, self.grad, self.grad_bias, self.partials, self.loss_partials,
+            weight, bias, velocity_weight, velocity_bias, grad, grad_bias, self.partials, self.loss_partials,
             losses, norms, None if rule is None else rule.lr,
             at, self.programs, self._loss_programs(rows), n_out, n_in,
             *((0, 0) if weight is None else weight.stride()), stride_of(bias),

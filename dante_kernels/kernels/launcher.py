@@ -9,9 +9,19 @@ from typing import Any
 ENABLE_FP_FUSION = False
 
 
-# What a persistent kernel may take: with the default ptxas saves some and spills, for more programs on a multiprocessor than
-# there will ever be.
+# What a kernel with `all_registers` may take: by default ptxas saves some, and spills, for more programs on a multiprocessor
+# than there will ever be. A persistent one has them too.
 REGISTERS = 255
+
+
+def options_of(persistent: bool, all_registers: bool) -> dict[str, Any]:
+    """The compiler's and the launch's options beside warps and stages."""
+    options: dict[str, Any] = {"enable_fp_fusion": ENABLE_FP_FUSION}
+    if persistent:
+        options["launch_cooperative_grid"] = True
+    if persistent or all_registers:
+        options["maxnreg"] = REGISTERS
+    return options
 
 
 def launch(
@@ -21,6 +31,7 @@ def launch(
     num_warps: int,
     num_stages: int,
     persistent: bool = False,
+    all_registers: bool = False,
     **constants: Any,
 ) -> None:
     """Launch a Triton kernel on the current stream of the current device.
@@ -28,5 +39,5 @@ def launch(
     `args` are the kernel's run-time arguments in order, None for an absent pointer; `constants` its tl.constexpr ones. The
     programs of a `persistent` one wait for each other: its launch fails unless all of them can be on the device at once.
     """
-    options = {"launch_cooperative_grid": True, "maxnreg": REGISTERS} if persistent else {}
-    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=ENABLE_FP_FUSION, **options, **constants)
+    options = options_of(persistent, all_registers)
+    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **options, **constants)

@@ -26,7 +26,7 @@ _LAST = tl.constexpr(LAST)
 _BACKWARD = tl.constexpr(BACKWARD)
 
 # Values that change from step to step, or only guard: a kernel is not compiled anew for them.
-_VARYING = ["start", "rows", "x_rows", "stride_order", "stride_tr", "stride_tc"]
+_VARYING = ["start", "rows", "x_rows", "slices", "stride_order", "stride_tr", "stride_tc"]
 
 
 @triton.jit
@@ -45,8 +45,8 @@ def softmax_tile(h, t, m_column, scale):
 
 @triton.jit(do_not_specialize=_VARYING)
 def product(
-    p_a, p_b, p_bias, p_out, p_slope, p_target, p_order, p_loss,
-    start, rows, x_rows, n, k,
+    p_a, p_b, p_bias, p_out, p_slope, p_slices, p_target, p_order, p_loss,
+    start, rows, x_rows, n, k, slices,
     stride_ar, stride_ak, stride_bk, stride_bc, stride_bias, stride_order, stride_tr, stride_tc,
     low, high, scale, x_scale,
     EPILOGUE: tl.constexpr, KIND: tl.constexpr, LOSS: tl.constexpr, CLASSES: tl.constexpr, FROM_X: tl.constexpr,
@@ -58,6 +58,8 @@ def product(
     of A and B stream through shared memory. No barrier, no second pass. A and B have any strides: B is W^T forward, W
     backward. Bytes: A is read ceil(n / BLOCK_OUT) times, B ceil(rows / BLOCK_B) times (mostly from L2), the epilogue's
     operands and results once. A row's result does not depend on `rows`.
+
+    With `slices` (so many, rows, n), contiguous, another kernel has made A B: it is their sum in order, A and B are not read.
 
     FROM_X: A is x, whose rows are looked up in `order` at start.. (or are start.. themselves), never copied first; a row
     number that does not exist gives a row of NaN; uint8 stands for x * x_scale. Otherwise A is scratch, row i for position
@@ -80,23 +82,28 @@ def product(
     if FROM_X or EPILOGUE == _LAST:
         x_row, exists = source_rows(p_order, stride_order, position.to(tl.int64) + start, m_row, x_rows)
         m_x = m_row & exists
-    if FROM_X:
-        a_row, m_a = x_row, m_x
-    else:
-        a_row, m_a = position.to(tl.int64), m_row
-
-    p_a_tile = p_a + a_row[:, None] * stride_ar + inner[None, :].to(tl.int64) * stride_ak
-    p_b_tile = p_b + inner[:, None].to(tl.int64) * stride_bk + column[None, :].to(tl.int64) * stride_bc
-    a_step = tl.full([], BLOCK_IN, tl.int64) * stride_ak
-    b_step = tl.full([], BLOCK_IN, tl.int64) * stride_bk
     acc = tl.zeros([BLOCK_B, BLOCK_OUT], tl.float32)
-    for first in range(0, k, BLOCK_IN):
-        m_inner = first + inner < k
-        a = load_x(p_a_tile, m_a[:, None] & m_inner[None, :], x_scale)
-        b = tl.load(p_b_tile, mask=m_inner[:, None] & m_column[None, :], other=0.0)
-        acc = multiply_add(a, b, acc, PRECISION)
-        p_a_tile += a_step
-        p_b_tile += b_step
+    if p_slices is not None:
+        slice_step = rows.to(tl.int64) * n
+        for _ in range(0, slices):
+            acc += tl.load(p_slices + p_tile, mask=m_tile, other=0.0)
+            p_slices += slice_step
+    else:
+        if FROM_X:
+            a_row, m_a = x_row, m_x
+        else:
+            a_row, m_a = position.to(tl.int64), m_row
+        p_a_tile = p_a + a_row[:, None] * stride_ar + inner[None, :].to(tl.int64) * stride_ak
+        p_b_tile = p_b + inner[:, None].to(tl.int64) * stride_bk + column[None, :].to(tl.int64) * stride_bc
+        a_step = tl.full([], BLOCK_IN, tl.int64) * stride_ak
+        b_step = tl.full([], BLOCK_IN, tl.int64) * stride_bk
+        for first in range(0, k, BLOCK_IN):
+            m_inner = first + inner < k
+            a = load_x(p_a_tile, m_a[:, None] & m_inner[None, :], x_scale)
+            b = tl.load(p_b_tile, mask=m_inner[:, None] & m_column[None, :], other=0.0)
+            acc = multiply_add(a, b, acc, PRECISION)
+            p_a_tile += a_step
+            p_b_tile += b_step
 
     if EPILOGUE == _BACKWARD:
         tl.store(p_out + p_tile, acc * tl.load(p_slope + p_tile, mask=m_tile, other=0.0), mask=m_tile)

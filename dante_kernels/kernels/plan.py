@@ -133,9 +133,8 @@ def blocks(
     return hidden
 
 
-# The plans that a pass may be given. `cost.streamed` models one more: adding "streamed" here makes `choose` take it where it
-# is the fastest, and `kernels.sngd_epoch_` must then run it.
-SERVED = ("persistent", "fused")
+# The plans that a pass may be given; `kernels.sngd_epochs_` runs them.
+SERVED = ("persistent", "streamed", "fused")
 
 # It names one of them, or auto.
 ENVIRONMENT_VARIABLE = "DANTE_GPU_PLAN"
@@ -221,7 +220,7 @@ def choose(shape: Shape, device: Device, most_programs: int, wanted: str = "auto
     """
     if wanted not in ("auto", *SERVED):
         raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected one of auto, {', '.join(SERVED)}, got {wanted!r}")
-    costs = {name: model(shape, device) for name, model in (("fused", cost.fused), ("streamed", cost.streamed))}
+    costs = {"streamed": cost.streamed(shape, device), "fused": cost.fused(shape, device)}
     tiles = _persistent_of(shape, most_programs, device)
     if tiles is not None:
         costs["persistent"] = _persistent_cost(tiles, shape, most_programs, device)
@@ -240,12 +239,7 @@ def _why(name: str, costs: dict[str, Cost], shape: Shape, device: Device, most_p
     others = [f"{other} would take {costs[other].microseconds:.1f} us" for other in SERVED if other in costs and other != name]
     if "persistent" not in costs:
         others.append(f"persistent does not serve: {_refusal(shape, most_programs, device)}")
-    faster = {"plain library products": cost.plain(shape, device)}
-    if "streamed" not in SERVED:
-        faster["streamed"] = costs["streamed"]
-    others += [
-        f"{other} would take {found.microseconds:.1f} us, but no such plan is built in"
-        for other, found in faster.items()
-        if found.microseconds < costs[name].microseconds
-    ]
+    plain = cost.plain(shape, device).microseconds
+    if plain < costs[name].microseconds:
+        others.append(f"plain library products would take {plain:.1f} us, but no such plan is built in")
     return f"{costs[name].microseconds:.1f} us by the model; " + "; ".join(others)

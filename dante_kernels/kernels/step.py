@@ -13,6 +13,40 @@ BIAS_ROWS = tl.constexpr(64)
 PARTIALS = tl.constexpr(1024)
 
 
+@triton.jit
+def gradient_tile(
+    p_d, p_x, p_order, start, rows, x_rows, out, column, n_out, n_in, stride_xr, stride_xc, stride_order, x_scale,
+    PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """G = D^T X at these outputs and inputs, (BLOCK_OUT, BLOCK_IN), over all rows; 0 outside of G."""
+    m_out = out < n_out
+    m_column = column < n_in
+    p_x_columns = p_x + column[None, :].to(tl.int64) * stride_xc
+    acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+    for first in range(0, rows, BLOCK_B):
+        position = first + tl.arange(0, BLOCK_B)
+        m_row = position < rows
+        x_row, exists = source_rows(p_order, stride_order, position.to(tl.int64) + start, m_row, x_rows)
+        # A row that does not exist has a D of NaN, which spoils G without a row of X.
+        x = load_x(p_x_columns + x_row[:, None] * stride_xr, (m_row & exists)[:, None] & m_column[None, :], x_scale)
+        d = tl.load(
+            p_d + position[None, :].to(tl.int64) * n_out + out[:, None], mask=m_out[:, None] & m_row[None, :], other=0.0
+        )
+        acc = multiply_add(d, x, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def column_sums(p_d, rows, out, n_out, BLOCK_OUT: tl.constexpr):
+    """The bias's gradient, D's column sums, at these outputs."""
+    acc = tl.zeros([BIAS_ROWS, BLOCK_OUT], tl.float32)
+    for first in range(0, rows, BIAS_ROWS):
+        position = first + tl.arange(0, BIAS_ROWS)
+        m_tile = (position < rows)[:, None] & (out < n_out)[None, :]
+        acc += tl.load(p_d + position[:, None].to(tl.int64) * n_out + out[None, :], mask=m_tile, other=0.0)
+    return tl.sum(acc, axis=0)
+
+
 @triton.jit(do_not_specialize=["start", "rows", "x_rows", "stride_order"])
 def gradient(
     p_d, p_x, p_order, p_grad, p_grad_bias, p_partials,
@@ -33,49 +67,40 @@ def gradient(
     if program < tiles:
         out = (program // tiles_in) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         column = (program % tiles_in) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        m_out = out < n_out
-        m_column = column < n_in
-        p_x_columns = p_x + column[None, :].to(tl.int64) * stride_xc
-        acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
-        for first in range(0, rows, BLOCK_B):
-            position = first + tl.arange(0, BLOCK_B)
-            m_row = position < rows
-            x_row, exists = source_rows(p_order, stride_order, position.to(tl.int64) + start, m_row, x_rows)
-            # A row that does not exist has a D of NaN, which spoils G without a row of X.
-            x = load_x(p_x_columns + x_row[:, None] * stride_xr, (m_row & exists)[:, None] & m_column[None, :], x_scale)
-            d = tl.load(
-                p_d + position[None, :].to(tl.int64) * n_out + out[:, None], mask=m_out[:, None] & m_row[None, :], other=0.0
-            )
-            acc = multiply_add(d, x, acc, PRECISION)
-        m_tile = m_out[:, None] & m_column[None, :]
+        acc = gradient_tile(
+            p_d, p_x, p_order, start, rows, x_rows, out, column, n_out, n_in, stride_xr, stride_xc, stride_order, x_scale,
+            PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_B,
+        )  # fmt: skip
+        m_tile = (out < n_out)[:, None] & (column < n_in)[None, :]
         tl.store(p_grad + out[:, None].to(tl.int64) * n_in + column[None, :], acc, mask=m_tile)
         tl.store(p_partials + program, tile_sum(acc * acc))
     else:
         if p_grad_bias is not None:
             out = (program - tiles) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-            m_out = out < n_out
-            acc_rows = tl.zeros([BIAS_ROWS, BLOCK_OUT], tl.float32)
-            for first in range(0, rows, BIAS_ROWS):
-                position = first + tl.arange(0, BIAS_ROWS)
-                m_tile = (position < rows)[:, None] & m_out[None, :]
-                acc_rows += tl.load(p_d + position[:, None].to(tl.int64) * n_out + out[None, :], mask=m_tile, other=0.0)
-            acc_bias = tl.sum(acc_rows, axis=0)
-            tl.store(p_grad_bias + out, acc_bias, mask=m_out)
+            acc_bias = column_sums(p_d, rows, out, n_out, BLOCK_OUT)
+            tl.store(p_grad_bias + out, acc_bias, mask=out < n_out)
             tl.store(p_partials + program, tl.sum(acc_bias * acc_bias, axis=0))
 
 
 @triton.jit
-def descend(p_parameter, p_velocity, mask, grad, norm, lr, momentum, NESTEROV: tl.constexpr):
-    """parameter <- parameter - lr * direction for one tile, in the reference's order of operations, without contraction."""
+def descend(
+    p_parameter, at, p_velocity, velocity_at, mask, grad, norm, lr, momentum, NESTEROV: tl.constexpr
+):  # fmt: skip
+    """parameter <- parameter - lr * direction for one tile, in the reference's order of operations, without contraction.
+
+    `at` and `velocity_at` are the tile's offsets; without a velocity (None) there is no momentum. Returns the new values.
+    """
     direction = divide(grad, norm)
     if p_velocity is not None:
-        velocity = momentum * tl.load(p_velocity, mask=mask, other=0.0) + direction
-        tl.store(p_velocity, velocity, mask=mask)
+        velocity = momentum * tl.load(p_velocity + velocity_at, mask=mask, other=0.0) + direction
+        tl.store(p_velocity + velocity_at, velocity, mask=mask)
         if NESTEROV:
             direction = direction + momentum * velocity
         else:
             direction = velocity
-    tl.store(p_parameter, tl.load(p_parameter, mask=mask, other=0.0) - lr * direction, mask=mask)
+    parameter = tl.load(p_parameter + at, mask=mask, other=0.0) - lr * direction
+    tl.store(p_parameter + at, parameter, mask=mask)
+    return parameter
 
 
 @triton.jit(do_not_specialize=["step", "partials", "loss_partials"])
@@ -116,19 +141,13 @@ def update(
                 column = column[None, :].to(tl.int64)
                 mask = (out < n_out)[:, None] & (column < n_in)
                 grad = tl.load(p_grad + row * n_in + column, mask=mask, other=0.0)
-                p_tile = p_weight + row * stride_wo + column * stride_wi
-                if p_velocity_weight is None:
-                    descend(p_tile, None, mask, grad, norm, lr, momentum, NESTEROV)
-                else:
-                    p_v = p_velocity_weight + row * stride_vo + column * stride_vi
-                    descend(p_tile, p_v, mask, grad, norm, lr, momentum, NESTEROV)
+                at, velocity_at = row * stride_wo + column * stride_wi, row * stride_vo + column * stride_vi
+                descend(p_weight, at, p_velocity_weight, velocity_at, mask, grad, norm, lr, momentum, NESTEROV)
                 if p_bias is not None:
                     if tile % tiles_in == 0:
                         m_out = out < n_out
                         grad_bias = tl.load(p_grad_bias + out, mask=m_out, other=0.0)
-                        p_b = p_bias + out.to(tl.int64) * stride_bias
-                        if p_velocity_bias is None:
-                            descend(p_b, None, m_out, grad_bias, norm, lr, momentum, NESTEROV)
-                        else:
-                            p_v_bias = p_velocity_bias + out.to(tl.int64) * stride_vbias
-                            descend(p_b, p_v_bias, m_out, grad_bias, norm, lr, momentum, NESTEROV)
+                        at_bias, velocity_at_bias = out.to(tl.int64) * stride_bias, out.to(tl.int64) * stride_vbias
+                        descend(
+                            p_bias, at_bias, p_velocity_bias, velocity_at_bias, m_out, grad_bias, norm, lr, momentum, NESTEROV
+                        )

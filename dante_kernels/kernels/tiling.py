@@ -1,7 +1,8 @@
-"""Which tiles, how many warps and which arithmetic a product of the fused step gets: from shapes and switches alone.
+"""Which tiles, how many warps and which arithmetic a product of a step gets: from shapes and switches alone.
 
-No rule looks at the number of rows: so a row's result is the same bits whatever rows stand beside it, and a short last
-mini-batch is computed like a call of its own. Only the choice between the plans (`plan.py`) looks at the mini-batch's size.
+No rule of the fused step looks at the number of rows: so a row's result is the same bits whatever rows stand beside it, and
+a short last mini-batch is computed like a call of its own. Those of the streamed plan, at the end, look at the mini-batch's
+own rows, and so does the choice between the plans (`plan.py`).
 """
 
 from __future__ import annotations
@@ -85,3 +86,68 @@ UPDATE_OUT, UPDATE_IN, UPDATE_WARPS, UPDATE_PROGRAMS = 16, 128, 4, 1024
 
 # Softmax over rows wider than a tile.
 SOFTMAX_COLUMNS, SOFTMAX_WARPS = 1024, 4
+
+
+# The streamed plan's rules, by model (figures of an H200 from public sources), not by measurement.
+
+# Mini-batches up to this size have their forward product in the update before. With more rows the three tf32 products spill on
+# sm_80 and sm_90, and reading both mini-batches from L2 for every strip of outputs takes longer than W from memory.
+NEXT_ROWS = 64
+
+# Programs of the update and of the exact norm: about four for each multiprocessor. Each has a part of the inputs of a strip of
+# outputs, so that its partial pre-activations are summed in registers, and few of them go through memory.
+STREAMED_PROGRAMS = 512
+
+# The Gram matrices: a product's inner block, a program's fewest columns, programs aimed at, and a block of terms.
+GRAM_INNER, GRAM_SHARE, GRAM_PROGRAMS, GRAM_TERMS = 16, 256, 264, 1024
+
+# Columns that a program of the gather copies.
+GATHER_COLUMNS = 1024
+
+
+def by_gram(n_out: int, n_in: int, rows: int) -> bool:
+    """Whether the norm comes from Gram matrices, in the streamed plan, rather than from tiles of G that are not stored.
+
+    The matrices cost rows^2 (n_in + n_out) multiplications in float64, the tiles rows n_out n_in at the weights' precision, and
+    rows < 2 n_out n_in / (n_in + n_out) are fewer operations. But float64 has a quarter of the speed of three tf32 products,
+    half of theirs being saved by symmetry: so 2 becomes 1/2.
+    """
+    return 2 * rows * (n_in + n_out) < n_out * n_in
+
+
+def library(n_out: int, n_in: int, switch: str | None = None) -> bool:
+    """Whether the streamed plan leaves this layer's products with D or X to torch.mm.
+
+    By model: cuBLAS reaches 320 to 400 TFLOP/s in tf32, more than Triton's loop here; in plain float32 35 to 50, less than
+    three tf32 products. Small layers are bound by launches, and a library's product needs one more.
+    """
+    return n_out * n_in >= LARGE_WEIGHT and (switch or torch.get_float32_matmul_precision()) != "highest"
+
+
+def streamed_product(n_out: int, n_in: int, switch: str | None = None) -> Tiles:
+    """Tiles of the streamed plan: rows are outputs, columns inputs of W, the inner dimension the mini-batch."""
+    precision = _precision(True, switch)
+    widest = 32 if precision == "tf32x3" else 64  # found by compiling: wider ones spill
+    return Tiles(power_of_two(n_out, 16, 64), power_of_two(n_in, 16, widest), 32, precision, 8, 2)
+
+
+def streamed_share(n_out: int, n_in: int, tiles: Tiles) -> int:
+    """Inputs of one program, in whole tiles."""
+    strips, blocks = -(-n_out // tiles.rows), -(-n_in // tiles.columns)
+    return -(-blocks // max(1, min(blocks, STREAMED_PROGRAMS // strips))) * tiles.columns
+
+
+def next_block(rows: int) -> int:
+    """Rows of the next mini-batch's tile in the update."""
+    return power_of_two(rows, 16, NEXT_ROWS) if rows else 16
+
+
+def gram_tiles(rows: int, n_out: int, n_in: int) -> tuple[int, int]:
+    """(rows of a tile, columns of X or D that one program multiplies) of a mini-batch's Gram matrices.
+
+    Tiles of 64 rows in float64 do not compile for sm_100 in Triton 3.7.
+    """
+    block = power_of_two(rows, 16, 32)
+    along = -(-rows // block)
+    share = (n_in + n_out) * along * (along + 1) // 2 // GRAM_PROGRAMS
+    return block, max(GRAM_SHARE, -(-share // GRAM_INNER) * GRAM_INNER)

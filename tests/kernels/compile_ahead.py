@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -22,12 +23,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dante_kernels import kernels, losses
-from dante_kernels.kernels import launcher, layers
+from dante_kernels.kernels import launcher, layers, plan
 
 CAPABILITIES = (80, 90, 100)
 EPILOGUES = {layers.FORWARD: "forward", layers.LAST: "last", layers.BACKWARD: "backward"}
 LEAKY, SIGMOID, TANH = [0.0, 0.01, 1.0], [1.0, 1.0, 1.0], [2.0, 1.0, 1.0]
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int64: "*i64", torch.int32: "*i32"}
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
 
 # widths, batch, loss, activation, precision, what is special
 CASES = [
@@ -69,6 +73,26 @@ PERSISTENT_CASES = [
     ((784, 100, 10), 60, "mse", LEAKY, "highest", "uint8 momentum"),
     ((784, 10), 20, "cross_entropy", LEAKY, "highest", "uint8 momentum"),
     ((30, 10), 20, "cross_entropy", LEAKY, "highest", "momentum"),
+    ((784, 100, 10), 100, "mse", LEAKY, "highest", "momentum"),
+    ((784, 100, 10), 100, "cross_entropy", SIGMOID, "highest", ""),
+    ((784, 10), 100, "cross_entropy", LEAKY, "highest", "momentum"),
+    ((784, 400, 10), 100, "mse", LEAKY, "highest", "momentum"),
+]
+
+# widths, batch, with momentum and rates relative to the layer's norm
+BLOCKS_CASES = [((784, 100, 10), 20, True), ((784, 100, 10), 100, False)]
+
+STREAMED_CASES = [
+    ((3072, 2048, 10), 100, "mse", LEAKY, "highest", "momentum"),
+    ((3072, 2048, 10), 20, "mse", LEAKY, "highest", ""),
+    ((3072, 2048, 10), 100, "mse", LEAKY, "high", "bfloat16"),
+    ((3072, 2048, 10), 50, "mse", LEAKY, "high", "transposed"),
+    ((3072, 2048, 10), 20, "mse", LEAKY, "medium", ""),
+    ((12288, 3072, 1536, 10), 200, "cross_entropy", LEAKY, "high", "momentum"),
+    ((1024, 12288), 60, "mse", SIGMOID, "high", ""),
+    ((70000, 100), 20, "cross_entropy", LEAKY, "highest", ""),
+    ((21, 18, 3), 7, "mse", LEAKY, "highest", "momentum"),
+    ((3072, 2048, 10), 20, "mse", LEAKY, "highest", "uint8"),
 ]
 
 
@@ -78,7 +102,7 @@ class Collector:
     def __init__(self) -> None:
         self.found: dict[str, tuple] = {}
 
-    def launch(self, kernel, grid, *args, num_warps, num_stages, persistent=False, **constants) -> None:
+    def launch(self, kernel, grid, *args, num_warps, num_stages, persistent=False, all_registers=False, **constants) -> None:
         signature, constexprs, attributes = {}, dict(constants), {}
         names = kernel.arg_names
         assert [name for name in names if name not in constants] == names[: len(args)]
@@ -98,23 +122,37 @@ class Collector:
             if aligned:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys(constants, "constexpr")
-        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": launcher.ENABLE_FP_FUSION}
-        if persistent:
-            options |= {"launch_cooperative_grid": True, "maxnreg": launcher.REGISTERS}
+        options = {"num_warps": num_warps, "num_stages": num_stages, **launcher.options_of(persistent, all_registers)}
         label = kernel.__name__
         if "EPILOGUE" in constants:
+            label = "epilogue" if args[0] is None else label
             label += " " + EPILOGUES[constants["EPILOGUE"]]
-        if "PRECISION" in constants:
+        if label.startswith("epilogue"):  # without a product there is no precision
+            label += f" {constants['BLOCK_B']}x{constants['BLOCK_OUT']}"
+        elif "PRECISION" in constants:
             rows, columns, inner = (
-                ("BLOCK_OUT", "BLOCK_IN", "BLOCK_B") if label == "gradient" else ("BLOCK_B", "BLOCK_OUT", "BLOCK_IN")
+                ("BLOCK_OUT", "BLOCK_IN", "BLOCK_B")
+                if label in ("gradient", "squares", "advance")
+                else ("BLOCK_B", "BLOCK_OUT", "BLOCK_IN")
             )
             label += f" {constants['PRECISION']} {constants[rows]}x{constants[columns]}x{constants[inner]}"
+            if "BLOCK_NEXT" in constants and not persistent:
+                label += f", {constants['BLOCK_NEXT'] if args[6] is not None else 'no'} next rows"
             if persistent:
                 label += f" x {num_warps} warps, {constants['SPLIT_OUT']} x {constants['SPLIT_IN']} programs"
+                label += ", blocks" if signature["p_schedule"] != "constexpr" else ""
+        if label.startswith("gram"):
+            label += f" {constants['BLOCK']}"
         if "*u8" in signature.values():
             label += " of uint8"
         key = repr((label, signature, constexprs, attributes, options))
         self.found.setdefault(key, (label, kernel, signature, constexprs, attributes, options))
+
+
+def serves(widths, batch, loss, activation, precision, special) -> bool:
+    """Whether the persistent plan serves a case on an H200."""
+    found = plan.persistent(list(widths), batch, loss == "cross_entropy", "momentum" in special, 132)
+    return found is not None
 
 
 def run_case(widths, batch, loss, activation, precision, special) -> None:
@@ -142,6 +180,20 @@ def run_case(widths, batch, loss, activation, precision, special) -> None:
     if "momentum" in special and len(weights) > 1:
         kernels.layer_gradient(weights[0], None, x, target, weights[1:], biases[1:], numbers, code, x_scale)
         kernels.sngd_step_(weights[1], biases[1], torch.zeros(batch, widths[1]), target[:batch], [], [], LEAKY, code, lr)
+
+
+def run_blocks(widths, batch, full) -> None:
+    """Two layers in turn in one launch, as `fit` asks for it."""
+    weights = [torch.zeros(n_out, n_in) for n_in, n_out in itertools.pairwise(widths)]
+    biases = [torch.zeros(n_out) for n_out in widths[1:]]
+    velocities = [[torch.zeros_like(t) if full else None for t in tensors] for tensors in (weights, biases)]
+    code, momentum = losses.code("mse"), 0.9 if full else 0.0
+    tiles = kernels.blocks_tiles(list(widths), batch, code, full, 1.0, weights[0])
+    schedule = torch.tensor([[0, batch, layer, layer] for layer in range(2)])
+    kernels.sngd_blocks_(
+        weights, biases, torch.zeros(batch, widths[0]), torch.zeros(batch, widths[-1]), torch.arange(batch), schedule, batch,
+        LEAKY * 2, code, torch.zeros(2), *velocities, momentum, full, 1.0, full, False, tiles,
+    )  # fmt: skip
 
 
 def resources(cubin: bytes, folder: str) -> tuple[int, int]:
@@ -195,10 +247,15 @@ def main() -> None:
     capabilities = parser.parse_args().capability or CAPABILITIES
     collector = Collector()
     launcher.launch = collector.launch
-    for most_programs in (0, 132):  # the fused step, then the persistent plan where it is chosen on an H200
-        kernels._most_programs = lambda tensor, most=most_programs: most
-        for case in CASES + (PERSISTENT_CASES if most_programs else []):
+    kernels._most_programs = lambda tensor: 132  # as on an H200
+    fused, persistent, streamed = CASES, [case for case in CASES if serves(*case)] + PERSISTENT_CASES, STREAMED_CASES
+    for name, cases in (("fused", fused), ("persistent", persistent), ("streamed", streamed)):
+        os.environ[plan.ENVIRONMENT_VARIABLE] = name
+        for case in cases:
             run_case(*case)
+    os.environ[plan.ENVIRONMENT_VARIABLE] = "auto"
+    for blocks_case in BLOCKS_CASES:
+        run_blocks(*blocks_case)
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         print(json.dumps([compile_one(cc, *entry, folder) for cc in capabilities for entry in collector.found.values()]))

@@ -84,7 +84,9 @@ def same(p: Problem, q: Problem, ours, theirs) -> None:
         assert torch.equal(a, b)
 
 
-def test_replays_give_the_eager_bits_for_new_orders_rates_and_weights(recorder):
+@pytest.mark.parametrize("name", ["fused", "streamed"])
+def test_replays_give_the_eager_bits_for_new_orders_rates_and_weights(recorder, name, monkeypatch):
+    monkeypatch.setenv("DANTE_GPU_PLAN", name)
     p = problem()
     q = p.clone()
     rules = [(*velocity_of(r), 0.9, True) for r in (p, q)]

@@ -344,5 +344,5 @@ def test_a_small_layer_takes_the_plan_and_agrees_with_the_fused_one(monkeypatch)
 def test_an_unknown_plan_is_refused(monkeypatch):
     monkeypatch.setenv("DANTE_GPU_PLAN", "fast")
     p = make_problem(seed=12)
-    with pytest.raises(ValueError, match="DANTE_GPU_PLAN: expected one of auto, persistent, fused, got 'fast'"):
+    with pytest.raises(ValueError, match="DANTE_GPU_PLAN: expected one of auto, persistent, streamed, fused, got 'fast'"):
         kernels.sngd_step_(p.weight, p.bias, p.x, p.target, *flatten(p.suffix, p.activation), 0, torch.tensor(LR))

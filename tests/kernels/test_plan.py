@@ -29,6 +29,20 @@ def tiles_of(shape: Shape) -> list[tiling.Tiles]:
     return [*forward, *backward, tiling.gradient_product(*reversed(shape.widths[:2]), shape.x_dtype, shape.precision)]
 
 
+def streamed_rules(shape: Shape) -> list:
+    """The streamed plan's tiles and what else its rules decide, which depend on the mini-batch too."""
+    n_in, n_out, *_ = shape.widths
+    w_tiles = tiling.streamed_product(n_out, n_in, shape.precision)
+    batch, pairs = shape.batch, itertools.pairwise(shape.widths)
+    look_ahead = tiling.next_block(batch) if batch <= tiling.NEXT_ROWS else None
+    gram = tiling.by_gram(n_out, n_in, batch) and tiling.gram_tiles(batch, n_out, n_in)
+    library = [tiling.library(n, k, shape.precision) for k, n in pairs]
+    return [*tiles_of(shape), w_tiles, tiling.streamed_share(n_out, n_in, w_tiles), look_ahead, gram, library]
+
+
+RULES = {"fused": tiles_of, "streamed": streamed_rules, "plain": lambda shape: None}
+
+
 GROWING = [1, 2, 7, 8, 31, 32, 33, 127, 128, 129, 500, 783, 784, 785, 1000, 1500, 2047, 2048, 2049, 4000, 12288]
 
 
@@ -46,7 +60,7 @@ def test_more_rows_or_weights_are_never_faster_with_the_same_tiles(name, momentu
                 batch = size
             shape = Shape(tuple(widths), batch, momentum=momentum, precision=precision)
             found = MODELS[name](shape, H200)
-            if previous is not None and (name != "fused" or tiles_of(shape) == tiles_of(previous[0])):
+            if previous is not None and RULES[name](shape) == RULES[name](previous[0]):
                 assert found.microseconds >= previous[1] - 1e-9, (shape, previous)
             previous = shape, found.microseconds
 
@@ -58,7 +72,7 @@ def test_the_longest_part_is_the_limit(name):
     endless = H200._replace(launch=0.0, l2=1e9, l2_per_multiprocessor=1e9)
     assert MODELS[name](large, endless).limit == "memory"
     assert MODELS[name](large, endless._replace(l2_bytes=10**12, memory=1e9)).limit == "arithmetic"
-    assert MODELS[name](large, H200._replace(launch=0.0, l2_bytes=10**12, bf16=1e9, tf32=1e9)).limit == "L2"
+    assert MODELS[name](large, H200._replace(launch=0.0, l2_bytes=10**12, bf16=1e9, tf32=1e9, float64=1e9)).limit == "L2"
 
 
 def test_a_wave_more_takes_a_wave_longer():
@@ -84,10 +98,53 @@ def test_the_model_counts_the_launches_that_are_made(widths, loss, monkeypatch):
     assert found.launches == len(launched)
 
 
+@pytest.mark.parametrize("by_gram", [False, True])
+@pytest.mark.parametrize("rows", [tiling.NEXT_ROWS, tiling.NEXT_ROWS + 1])
+@pytest.mark.parametrize(("widths", "loss"), [((784, 100, 10), 0), ((1100, 2000, 9), 1), ((30, 784), 1), ((1100, 2000), 0)])
+def test_the_model_counts_the_streamed_plan_s_launches(widths, loss, rows, by_gram, monkeypatch):
+    from support import LOSSES, make_problem
+
+    from dante_kernels import kernels
+    from dante_kernels.kernels import launcher
+    from dante_kernels.ops.layer import flatten
+
+    launched, mm = [], torch.mm
+    monkeypatch.setattr(launcher, "launch", lambda kernel, grid, *args, **options: launched.append(kernel))
+    monkeypatch.setattr(torch, "mm", lambda a, b, *, out: launched.append(mm))
+    monkeypatch.setattr(tiling, "by_gram", lambda *sizes: by_gram)
+    monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, "streamed")
+    n_in, *rest = widths
+    p = make_problem(seed=0, rows=2 * rows, n_in=n_in, widths=tuple(rest), loss=LOSSES[loss])
+    arguments = (p.weight, p.bias, p.x, p.target, None, rows, *flatten(p.suffix, p.activation), loss, torch.tensor(0.1))
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            launched.clear()
+            kernels.sngd_epoch_(*arguments)
+            # The first mini-batch is gathered and multiplied before its step, the last one's step gathers no other.
+            step = cost.streamed(Shape(widths, rows, loss, precision=precision), H200).launches
+            assert len(launched) == 2 * step + 1
+            assert (mm in launched) == (precision == "high" and 2000 in widths and (rows > tiling.NEXT_ROWS))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(("batch", "serves"), [(20, True), (500, False)])
+def test_the_model_s_norm_is_the_one_that_the_rule_takes(batch, serves, monkeypatch):
+    shape = Shape((3072, 512, 10), batch)
+    found = cost.streamed(shape, H200)
+    for forced in (True, False):
+        monkeypatch.setattr(tiling, "by_gram", lambda *sizes, forced=forced: forced)
+        assert (cost.streamed(shape, H200) == found) == (forced == serves)
+
+
 def test_small_layers_stay_on_chip_and_large_ones_do_not():
     assert choose((784, 100, 10), 20).plan == "persistent"
     assert choose((784, 100, 10), 20).limit == "barriers"
-    assert choose((12288, 3072, 1536, 768, 384, 200), 20).plan == "fused"
+    assert choose((784, 400, 200, 10), 20).plan == "fused"
+    assert choose((12288, 3072, 1536, 768, 384, 200), 20).plan == "streamed"
+    assert choose((12288, 3072, 1536, 768, 384, 200), 500).plan == "fused"
     assert choose((12288, 3072, 1536, 768, 384, 200), 100, precision="high").limit in ("L2", "memory")
 
 
@@ -132,31 +189,23 @@ REASONS = [
 @pytest.mark.parametrize(("widths", "batch", "rest", "reason"), REASONS, ids=[r[-1] for r in REASONS])
 def test_the_reason_names_what_stands_against_the_persistent_plan(widths, batch, rest, reason):
     found = choose(widths, batch, **rest)
-    assert found.plan == "fused"
+    assert found.plan != "persistent"
     assert f"persistent does not serve: {reason}" in found.why
     with pytest.raises(ValueError, match="the persistent plan cannot serve this pass: .*" + reason.split(" >")[0]):
         choose(widths, batch, wanted="persistent", **rest)
 
 
 def test_what_is_wanted_is_taken_and_what_is_unknown_refused():
-    assert choose((784, 100, 10), 20, wanted="fused").why == "DANTE_GPU_PLAN names it"
-    with pytest.raises(ValueError, match="DANTE_GPU_PLAN: expected one of auto, persistent, fused, got 'fast'"):
+    for wanted in plan.SERVED:
+        found = choose((784, 100, 10), 20, wanted=wanted)
+        assert (found.plan, found.why) == (wanted, "DANTE_GPU_PLAN names it")
+    with pytest.raises(ValueError, match="DANTE_GPU_PLAN: expected one of auto, persistent, streamed, fused, got 'fast'"):
         choose((784, 100, 10), 20, wanted="fast")
 
 
 def test_a_faster_plan_that_is_not_there_is_named():
-    found = choose((12288, 3072, 1536, 768, 384, 200), 100, precision="high")
-    assert "streamed would take" in found.why
-    assert "plain library products would take" in found.why
-    assert "streamed" not in choose((784, 100, 10), 20).why
-
-
-def test_a_plan_is_switched_on_in_one_place(monkeypatch):
-    monkeypatch.setattr(plan, "SERVED", (*plan.SERVED, "streamed"))
-    found = plan.choose.__wrapped__(Shape((12288, 3072, 10), 20, precision="high"), H200, 132)
-    assert found.plan == "streamed"
-    assert "fused would take" in found.why
-    assert "built in" not in found.why
+    assert "plain library products would take" in choose((12288, 3072, 1536, 768, 384, 200), 500, precision="high").why
+    assert "built in" not in choose((784, 100, 10), 20).why
 
 
 def test_the_table_in_the_docs_is_what_the_model_says():
