@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import losses
-from . import fused, graphs, persistent, plan, streamed
+from . import fused, graphs, one_launch, plan, streamed
 from .fused import Call, Layer, Pass, chain, forward
 
 __all__ = ["blocks_tiles", "layer_forward", "layer_gradient", "sngd_blocks_", "sngd_epoch_", "sngd_epochs_", "sngd_step_"]
@@ -111,8 +111,8 @@ def sngd_epochs_(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]
         at_once = most // (choice.tiles.split_out * choice.tiles.split_in)
         results: list[tuple[Tensor, Tensor]] = []
         for first in range(0, len(group), at_once):
-            models = [persistent.model(call) for call in group[first : first + at_once]]
-            results += persistent.run(
+            models = [one_launch.model(call) for call in group[first : first + at_once]]
+            results += one_launch.run(
                 models, one.layers, one.batch_size, one.loss, one.momentum, one.nesterov, one.x_scale, choice.tiles
             )
     return results
@@ -156,10 +156,10 @@ def sngd_blocks_(
     layer and its block; `lr` (blocks,) the blocks' rates; the rest as for `sngd_epoch_`, of both layers.
     """
     layers = chain(weights[0], biases[0], weights[1:], biases[1:], activations)
-    model = persistent.Model(
+    model = one_launch.Model(
         weights[0], biases[0], velocity_weights[0], velocity_biases[0], x, target, order,
         weights[1], biases[1], velocity_weights[1], velocity_biases[1], lr,
     )  # fmt: skip
-    blocks = persistent.Blocks(schedule, relative, reset)
+    blocks = one_launch.Blocks(schedule, relative, reset)
     with _on_device_of(weights[0]):
-        return persistent.run([model], layers, batch_size, loss, momentum, nesterov, x_scale, tiles, blocks)[0]
+        return one_launch.run([model], layers, batch_size, loss, momentum, nesterov, x_scale, tiles, blocks)[0]

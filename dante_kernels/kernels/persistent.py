@@ -4,18 +4,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import barrier, launcher
+from . import barrier
 from .barrier import arrive, meet, wait
 from .device import CROSS_ENTROPY, MSE, divide, multiply_add, phi, slope, tile_sum
-from .fused import Call, Layer, stride_of
-from .plan import Persistent
 from .tile import last_layer, load_rows, mini_batch, move, next_product, part, product, rows_of, sum_of_slices, with_bias
 
 SPACING = tl.constexpr(barrier.SPACING)
@@ -345,117 +339,3 @@ def persistent(
                 if MOMENTUM:
                     p_next_vb = p_next_velocity_bias + following.to(tl.int64) * stride_nvbias
                     tl.store(p_next_vb, next_v_bias, mask=m_next)
-
-
-class Model(NamedTuple):
-    """One model's part of a launch: the tensors that the kernel reads and writes, in its order."""
-
-    weight: Tensor
-    bias: Tensor | None
-    velocity_weight: Tensor | None
-    velocity_bias: Tensor | None
-    x: Tensor
-    target: Tensor
-    order: Tensor | None
-    next_weight: Tensor | None
-    next_bias: Tensor | None
-    next_velocity_weight: Tensor | None
-    next_velocity_bias: Tensor | None
-    lr: Tensor
-
-
-class Blocks(NamedTuple):
-    """Blocks of both layers in turn: `schedule` (steps, 4) as the kernel reads it, and how a block's step length is made."""
-
-    schedule: Tensor
-    relative: bool
-    reset: bool
-
-
-def model(call: Call) -> Model:
-    """The tensors of a call."""
-    next_weight = call.suffix_weights[0] if call.suffix_weights else None
-    next_bias = call.suffix_biases[0] if call.suffix_biases else None
-    return Model(
-        call.weight, call.bias, call.velocity_weight, call.velocity_bias, call.x, call.target, call.order,
-        next_weight, next_bias, None, None, call.lr,
-    )  # fmt: skip
-
-
-def _strides(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1) if tensor.dim() > 1 else 0)
-
-
-def run(
-    models: list[Model],
-    layers: list[Layer],
-    batch_size: int,
-    loss: int,
-    momentum: float,
-    nesterov: bool,
-    x_scale: float,
-    tiles: Persistent,
-    blocks: Blocks | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """All mini-batches in one launch, in place, for models alike in everything but their tensors' addresses.
-
-    `layers` are the first model's active layer and, where there is one, the next: their activations and shapes are those of
-    all. Returns (losses, norms) of each model, one of each a step. Without `blocks` the steps are those of a pass.
-    """
-    one, active, following = models[0], layers[0], layers[1] if len(layers) > 1 else None
-    rows = one.x.shape[0] if one.order is None else one.order.shape[0]
-    batch = min(batch_size, rows)
-    steps = -(-rows // batch) if blocks is None else blocks.schedule.shape[0]
-    programs = tiles.split_out * tiles.split_in
-    padded = -(-batch // tiles.rows) * tiles.rows
-    one_tile = batch <= tiles.rows
-
-    def scratch(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=one.x.device)
-
-    results = [(scratch(steps), scratch(steps)) for _ in models]
-    exchanges_next = following is not None and not (one_tile and tiles.split_out == 1)
-    z = next_z = sums = counter = offsets = None
-    if tiles.split_in > 1 or not one_tile:
-        z = scratch(len(models), tiles.split_out, tiles.split_in + 1, padded, tiles.units)
-    if exchanges_next:
-        next_z = scratch(len(models), tiles.split_out, padded, tiles.next_units)
-    if programs > 1:
-        sums = scratch(len(models), 5, programs)
-        counter = barrier.counters(one.x.device, len(models))
-    if len(models) > 1:
-        every = [[*model, *result] for model, result in zip(models, results, strict=True)]
-        offsets = torch.tensor(
-            [[_elements_apart(first, other) for first, other in zip(every[0], row, strict=True)] for row in every],
-            dtype=torch.int64,
-        ).to(one.x.device, non_blocking=True)
-    launcher.launch(
-        persistent, (len(models) * programs,),
-        *one, *results[0], offsets, None if blocks is None else blocks.schedule, z, next_z, sums, counter,
-        rows, batch, steps, one.x.shape[0], active.n_in, active.n_out, following.n_out if following else 0,
-        _share(active.n_in, tiles.split_in, tiles.num_warps * tiles.inputs), _share(active.n_out, tiles.split_out, tiles.units),
-        *_strides(one.weight), stride_of(one.bias), *_strides(one.velocity_weight), stride_of(one.velocity_bias),
-        *_strides(one.x), stride_of(one.order), *_strides(one.target), *_strides(one.next_weight), stride_of(one.next_bias),
-        *_strides(one.next_velocity_weight), stride_of(one.next_velocity_bias),
-        active.low, active.high, following.low if following else 0.0, following.high if following else 0.0, momentum,
-        x_scale,
-        KIND=active.kind, NEXT_KIND=following.kind if following else 0, LOSS=loss, CLASSES=one.target.dim() == 1,
-        NESTEROV=nesterov, RELATIVE=blocks is not None and blocks.relative, RESET=blocks is not None and blocks.reset,
-        PRECISION="ieee", SPLIT_OUT=tiles.split_out, SPLIT_IN=tiles.split_in, WARPS=tiles.num_warps, ONE_TILE=one_tile,
-        BLOCK_B=tiles.rows, BLOCK_OUT=tiles.units, BLOCK_IN=tiles.inputs, BLOCK_NEXT=tiles.next_units,
-        BLOCK_PROGRAMS=triton.next_power_of_2(programs),
-        num_warps=tiles.num_warps, num_stages=1, persistent=True,
-    )  # fmt: skip
-    return results
-
-
-def _share(size: int, groups: int, block: int) -> int:
-    """How much of `size` each group but the last takes: even parts, in sixteens where that fits, for aligned loads."""
-    even = -(-size // groups)
-    return min(-(-even // 16) * 16, block)
-
-
-def _elements_apart(first: Tensor | None, other: Tensor | None) -> int:
-    if first is None or other is None:
-        return 0
-    return (other.data_ptr() - first.data_ptr()) // first.element_size()

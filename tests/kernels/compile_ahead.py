@@ -196,14 +196,29 @@ def run_blocks(widths, batch, full) -> None:
     )  # fmt: skip
 
 
-def resources(cubin: bytes, folder: str) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack, of the one kernel in a cubin."""
+def resources(cubin: bytes, folder: str) -> tuple[int, int, int]:
+    """Of the one kernel in a cubin: registers a thread, bytes of stack, and how often its loops go to the stack."""
     path = Path(folder) / "kernel.cubin"
     path.write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    text = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return int(registers), int(stack)
+
+    def dump(what: str) -> str:
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        return subprocess.run([tool, what, path], check=True, capture_output=True, text=True).stdout
+
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage")).groups())
+    return registers, stack, spills_in_loops(dump("-sass")) if stack else 0
+
+
+def spills_in_loops(sass: str) -> int:
+    """Loads and stores of spilled registers between a backward branch and its target."""
+    accesses, loops = [], []
+    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass):
+        at, target = int(address, 16), re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if re.search(r"\b(?:STL|LDL)\b", text):
+            accesses.append(at)
+        if target and int(target[1], 16) < at:
+            loops.append((int(target[1], 16), at))
+    return sum(any(first <= at <= last for first, last in loops) for at in accesses)
 
 
 def barriers(constexprs: dict) -> int:
@@ -222,12 +237,13 @@ def compile_one(capability, label, kernel, signature, constexprs, attributes, op
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
-    registers, stack = resources(compiled.asm["cubin"], folder)
+    registers, stack, spills = resources(compiled.asm["cubin"], folder)
     return {
         "kernel": label,
         "capability": capability,
         "registers": registers,
         "stack": stack,
+        "spills": spills,
         "shared": compiled.metadata.shared,
         "mma": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
         "fma": len(re.findall(r"\bfma\.rn", ptx)) + len(re.findall(r"\bfma\.rn\.f32x2", ptx)),  # two in one

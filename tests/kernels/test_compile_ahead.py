@@ -14,6 +14,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import compile_ahead
 import pytest
 import triton
 
@@ -44,7 +45,14 @@ def test_all_capabilities_are_compiled(compiled: list[dict]) -> None:
 
 
 def test_nothing_spills(compiled: list[dict]) -> None:
-    assert not offenders(compiled, lambda e: e["stack"] > 0)
+    """But for a few addresses of the persistent kernel, stored before its loops and loaded after them."""
+    assert not offenders(compiled, lambda e: e["spills"] > 0 or e["stack"] > (32 if "persistent" in e["kernel"] else 0))
+
+
+def test_a_spill_in_a_loop_is_seen() -> None:
+    inside = "/*0010*/ IADD R1 ; /*0020*/ STL [R1], R2 ; /*0030*/ @P0 BRA 0x10 ;"
+    around = "/*0000*/ STL [R1], R2 ; /*0010*/ IADD R1 ; /*0030*/ @P0 BRA 0x10 ; /*0040*/ LDL R2, [R1] ; /*0050*/ BRA 0x50 ;"
+    assert [compile_ahead.spills_in_loops(sass) for sass in (inside, around)] == [1, 0]
 
 
 def test_shared_memory_fits(compiled: list[dict]) -> None:

@@ -19,7 +19,7 @@ from interleave import Deadlock, interleaved
 from support import ACTIVATIONS, LOSSES, Problem, as_float32, assert_error_rule, make_problem
 
 from dante_kernels import kernels, losses, reference
-from dante_kernels.kernels import barrier, persistent, plan
+from dante_kernels.kernels import barrier, one_launch, persistent, plan
 from dante_kernels.kernels.fused import Call
 from dante_kernels.ops.layer import flatten
 
@@ -46,9 +46,10 @@ def run(p: Problem, batch: int, how: plan.Persistent, seed: int = 0, rule=None, 
     problem = (p.weight, p.bias, p.x, p.target, order, batch, *suffix, losses.code(p.loss))
     call = Call(*problem, torch.tensor(LR), *rest, p.x_scale)
     with interleaved(seed) as grids:
-        result = module.run(
-            [module.model(call)], call.layers, batch, call.loss, call.momentum, call.nesterov, call.x_scale, how
-        )
+        result = one_launch.run(
+            [one_launch.model(call)], call.layers, batch, call.loss, call.momentum, call.nesterov, call.x_scale, how,
+            kernel=module.persistent,
+        )  # fmt: skip
     assert grids == [how.split_out * how.split_in] * (how.split_out * how.split_in > 1)
     return result[0]
 
@@ -329,7 +330,7 @@ def test_the_model_chooses_only_what_fits():
 
 def test_a_small_layer_takes_the_plan_and_agrees_with_the_fused_one(monkeypatch):
     launched = []
-    monkeypatch.setattr(persistent, "run", lambda *a, run=persistent.run: launched.append(1) or run(*a))
+    monkeypatch.setattr(one_launch, "run", lambda *a, run=one_launch.run: launched.append(1) or run(*a))
     results = []
     for wanted in ("auto", "fused"):
         monkeypatch.setenv("DANTE_GPU_PLAN", wanted)
