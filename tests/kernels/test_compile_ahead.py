@@ -45,8 +45,10 @@ def test_all_capabilities_are_compiled(compiled: list[dict]) -> None:
 
 
 def test_nothing_spills(compiled: list[dict]) -> None:
-    """But for a few addresses of the persistent kernel, stored before its loops and loaded after them."""
-    assert not offenders(compiled, lambda e: e["spills"] > 0 or e["stack"] > (32 if "persistent" in e["kernel"] else 0))
+    """But for a few words of the persistent kernel: addresses that only its end needs, and a scalar or two in its loops."""
+    allowed = {True: (32, 4), False: (0, 0)}  # bytes of stack, accesses in loops
+    assert not offenders(compiled, lambda e: (e["stack"], e["spills"]) > allowed["persistent" in e["kernel"]])
+    assert not offenders(compiled, lambda e: e["spills"] > allowed["persistent" in e["kernel"]][1])
 
 
 def test_a_spill_in_a_loop_is_seen() -> None:
