@@ -3,11 +3,11 @@
     python bench/gpu_check.py
 
 First correctness: every operator against the float64 reference on the CPU by the error rule of the tests, equality of a
-pass with its steps, 200 repeats bitwise while another stream keeps the device busy, capture and replay as CUDA graphs, and
-compute-sanitizer on small cases where it is installed. Only when all of that holds, the timings: microseconds of an SNGD
-step against the same step and a plain SGD step by torch, eager and as CUDA graphs, in one process, interleaved. Results
-go to bench/results/ as JSON with device, versions and commit. ``--device cpu`` with TRITON_INTERPRET=1 is a rehearsal
-without a GPU: a few of the checks, no timings.
+pass with its steps, short blocks and models in one launch, 200 repeats bitwise while another stream keeps the device busy,
+capture and replay as CUDA graphs, and compute-sanitizer on small cases where it is installed. Only when all of that holds,
+the timings: microseconds of an SNGD step against the same step and a plain SGD step by torch, eager and as CUDA graphs, in
+one process, interleaved. Results go to bench/results/ as JSON with device, versions and commit. ``--device cpu`` with
+TRITON_INTERPRET=1 is a rehearsal without a GPU: a few of the checks, no timings.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
-from support import ACTIVATIONS, LOSSES, Problem, assert_error_rule, make_problem
+from support import ACTIVATIONS, LOSSES, Problem, assert_error_rule, make_problem, net, weights
 
+import dante_kernels as dk
 from bench.peers.cuda_graph import graph_of
 from dante_kernels import losses, ops, reference
 from dante_kernels.ops import Layer, backends
@@ -239,6 +240,36 @@ def check_graph_replays(device: torch.device, few: bool) -> str:
     return f"{len(kept)} graphs, {sum(entry.bytes for entry in kept) / 2**20:.1f} MiB"
 
 
+def check_short_blocks_and_models(device: torch.device, few: bool) -> str:
+    """Rounds of short blocks in one launch are those of the reference, and models side by side have the bits of each alone."""
+    n_in, rows = (20, 40) if few else (784, 400)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(rows, n_in, generator=generator), torch.randint(0, 10, (rows,), generator=generator)
+    settings = {"schedule": dk.RoundRobin(rounds=2, inner_epochs=1, inner_steps=2), "relative_lr": True, "batch_size": 20}
+
+    def fresh(seed: int) -> torch.nn.Sequential:
+        return net(n_in, 10 if few else 100, 10, seed=seed)  # tanh, which has no kink for a rounding to fall on either side of
+
+    for momentum in (0.0, 0.9):
+        trained = []
+        for where, dtype, backend in (("cpu", torch.float64, "reference"), ("cpu", torch.float32, "reference"),
+                                      (device, torch.float32, "triton")):  # fmt: skip
+            model = fresh(0).to(where, dtype)
+            dk.fit(
+                model, x.to(where, dtype), y.to(where), lr=0.02, momentum=momentum, backend=backend, shuffle=False, **settings
+            )
+            trained.append(weights(model).cpu())
+        assert_error_rule(f"momentum {momentum}", trained[2], trained[1], trained[0])
+        alone, together = ([fresh(seed).to(device) for seed in range(3)] for _ in range(2))
+        rates = [0.01, 0.02, 0.03]
+        for model, lr in zip(alone, rates, strict=True):
+            dk.fit(model, x.to(device), y.to(device), lr=lr, momentum=momentum, backend="triton", **settings)
+        dk.fit_many(together, x.to(device), y.to(device), lr=rates, momentum=momentum, backend="triton", **settings)
+        for i, (one, other) in enumerate(zip(alone, together, strict=True)):
+            assert torch.equal(weights(one), weights(other)), f"momentum {momentum}: model {i}"
+    return "2 rules"
+
+
 def check_sanitizer(device: torch.device, few: bool) -> str:
     """memcheck and racecheck find nothing on the small cases."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -258,6 +289,7 @@ CHECKS = [
     check_skips,
     check_graph_capture,
     check_graph_replays,
+    check_short_blocks_and_models,
     check_sanitizer,
 ]
 
