@@ -86,6 +86,11 @@ def steps(kind: str, workload: Workload, family: str) -> int:
     return workload.rows // workload.batch * workload.epochs * turns
 
 
+def samples(kind: str, workload: Workload) -> int:
+    """Rows of a sample: each once an epoch, however many layers take their turn on it, so that it fits the ratio of times."""
+    return workload.batch if kind == "step" else workload.rows * workload.epochs
+
+
 def visits(kind: str, workload: Workload, family: str) -> int:
     """Rows of all the mini-batches of a sample."""
     return steps(kind, workload, family) * workload.batch

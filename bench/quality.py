@@ -53,14 +53,15 @@ def curve(method: Method, split: data.Dataset, rounds: int, seed: int, target: f
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(rows, generator=generator).to(device) for _ in range(rounds)]
     method.reset()
-    method.round(orders[0])
+    method.round(*method.prepare(orders[0]))
     method.reset()
     method.wait()
     weights = sum(n_in * n_out + n_out for n_in, n_out in pairwise(method.problem.widths))
     points, seconds = [], 0.0
     for done, order in enumerate(orders, 1):
+        inputs = method.prepare(order)
         begin = time.perf_counter()
-        method.round(order)
+        method.round(*inputs)
         method.wait()
         seconds += time.perf_counter() - begin
         loss, accuracy = loss_and_hits(method.family, method.layers(), split.x_test, split.y_test)

@@ -41,7 +41,10 @@ FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "spread": ((float, type(None)), "(p80 - p20) / median"),
     "noisy": ((bool, type(None)), "the spread exceeds 15 %"),
     "ratio": ((float, type(None)), "median over the samples of this method's time over that of dante's operators"),
-    "samples_per_second": ((float, type(None)), "rows seen by mini-batches"),
+    "samples_per_second": (
+        (float, type(None)),
+        "rows of an epoch times the epochs of a round, over the median: a row counts once, not once for each layer's turn",
+    ),
     "limit_fraction": ((float, type(None)), "the least time that the machine would need (limits.py), over the median"),
     "regime": ((str, type(None)), "what bounds this workload: latency, compute or memory"),
     "exponent": ((float, type(None)), "of the cost along an axis, fitted (scaling)"),

@@ -66,13 +66,56 @@ MISTAKES = [forget_to_clear_gradients, leave_out_the_last_batch, leave_the_weigh
 def test_a_peer_with_a_wrong_result_is_reported_and_not_timed(monkeypatch, mistake):
     truths = measure.Truths("pass", *workloads.random_problem(SMALL, CPU))
     assert measure.checked("torch_autograd:ForeachSgd", truths)[0]["status"] == "timed"  # the truth is kept for the second
-    for part in range(measure.TRIES):
+    for part in (*range(measure.TRIES), "most"):
         truths.layers_after("sgd", part)
     mistake(monkeypatch)
     row, method = measure.checked("torch_autograd:ForeachSgd", truths)
     assert row["status"] == "wrong result"
     assert method is None
     assert "not timed" in row["note"]
+
+
+@pytest.mark.parametrize("place", ["torch_autograd:ForeachSgd", "torch_autograd:Adam", "ours:Operators"])
+def test_a_peer_that_leaves_out_the_last_rows_of_many_is_wrong(monkeypatch, place):
+    problem, order = workloads.random_problem(SMALL._replace(rows=2000), CPU)
+    truths = measure.Truths("pass", problem, order)
+    assert measure.checked(place, truths)[0]["status"] == "timed"
+    kind = workloads.method_class(place)
+    for part in (*range(measure.TRIES), "most"):
+        truths.layers_after(kind.family, part)
+    real = kind.round
+    monkeypatch.setattr(kind, "round", lambda self, order: real(self, order[:1800] if len(order) > 1000 else order))
+    row, method = measure.checked(place, truths)
+    assert (row["status"], method) == ("wrong result", None)
+    assert "without the last rows" in row["note"]
+
+
+def test_a_cold_sample_is_swept_last_and_conversions_are_not_timed():
+    calls = []
+    problem, order = workloads.random_problem(SMALL, CPU)
+
+    class Told(torch_plain.PlainSngd):
+        def __getattribute__(self, name):
+            if name in ("prepare", "reset", "round", "wait"):
+                calls.append(name)
+            return super().__getattribute__(name)
+
+    measure.one_sample("pass", Told(replace(problem, rate=0.1)), order, before=lambda: calls.append("sweep"))
+    assert [name for name in calls if name != "wait"] == ["prepare", "reset", "sweep", "round"]
+    assert calls[-4:] == ["wait", "sweep", "round", "wait"]
+
+
+def test_torch_peers_gather_the_rows_once_a_round(monkeypatch):
+    gathered = []
+    real = torch.Tensor.__getitem__
+    monkeypatch.setattr(torch.Tensor, "__getitem__", lambda self, key: (gathered.append(len(key)), real(self, key))[1])
+    problem, order = workloads.random_problem(SMALL, CPU)
+    for place in ("torch_plain:PlainSngd", "torch_autograd:ForeachSgd"):
+        method = workloads.make(place, problem)
+        method.reset()
+        method.round(order)
+        assert gathered == [40, 40], place
+        gathered.clear()
 
 
 def test_a_norm_without_the_bias_is_a_wrong_result(monkeypatch):
@@ -94,7 +137,7 @@ def test_a_norm_without_the_bias_is_a_wrong_result(monkeypatch):
 @pytest.mark.parametrize(("part", "status"), [(0, "timed"), (None, "wrong result")])
 def test_one_flip_at_the_kink_is_forgiven_and_another_loss_is_not(monkeypatch, part, status):
     truths = measure.Truths("pass", *workloads.random_problem(SMALL, CPU))
-    for number in (*range(measure.TRIES), None):
+    for number in (*range(measure.TRIES), "most", None):
         truths.layers_after("sngd", number)
     real = truths.run
     monkeypatch.setattr(truths, "run", lambda method, now: truths.problem.start if now == part else real(method, now))
@@ -113,7 +156,7 @@ def test_only_what_is_right_gets_a_time_in_the_table(monkeypatch):
 def test_a_peer_that_is_not_installed_or_breaks_is_a_row_that_says_so(monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jax" else real(name))
-    monkeypatch.setattr(torch_autograd.FusedSgd, "step", lambda *_: 1 / 0)
+    monkeypatch.setattr(torch_autograd.FusedSgd, "update", lambda *_: 1 / 0)
     rows = rows_of("pass", ["JAX scan SGD", "torch SGD, fused", "torch SGD"])
     assert (rows["JAX scan SGD"]["status"], rows["JAX scan SGD"]["note"]) == ("not here", "jax is not installed")
     assert rows["torch SGD, fused"]["status"] == "failed"
@@ -162,6 +205,7 @@ def test_operations_and_traffic_are_counted_by_hand(monkeypatch):
     assert limits.flops("pass", w, "sgd") == 10 * 3 * (6 * (24 + 8) - 2 * 24)
     assert limits.flops("step", w, "sngd") == 5 * 4 * (24 + 8)
     assert limits.visits("pass", w, "sngd") == 10 * 3 * 2
+    assert (limits.samples("pass", w), limits.samples("step", w)) == (10 * 3, 5)
     assert limits.visits("pass", w, "sgd") == 10 * 3
     assert limits.traffic("pass", w, "sgd", CPU) == 0
     monkeypatch.setattr(limits, "cache_bytes", lambda device: 8)
