@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -67,15 +68,15 @@ def one_sample(
 
 
 def interleave(samples: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """`repeats` samples of each after one that does not count, in turn, and in every turn another one first."""
+    """`repeats` samples of each after one that does not count, in turn, in every turn in another order, drawn from a seed."""
     names = list(samples)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    draw = random.Random(0)
     gc.collect()
     gc.disable()
     try:
         for turn in range(repeats + 1):
-            first = turn % max(1, len(names))
-            for name in names[first:] + names[:first]:
+            for name in draw.sample(names, len(names)):
                 value = samples[name]()
                 if turn:
                     seconds[name].append(value)
@@ -86,7 +87,7 @@ def interleave(samples: dict[str, Callable[[], float]], repeats: int) -> dict[st
 
 def summary(seconds: list[float]) -> Row:
     """Median, p20, p80 and whether they are too far apart to be believed."""
-    p20, *_, p80 = statistics.quantiles(seconds, n=5)
+    p20, *_, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
     median = statistics.median(seconds)
     spread = (p80 - p20) / median
     return {"median": median, "p20": p20, "p80": p80, "spread": spread, "noisy": spread > NOISY, "repeats": len(seconds)}

@@ -6,6 +6,7 @@ import csv
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 from pathlib import Path
@@ -19,7 +20,11 @@ REGIMES = ("latency", "compute", "memory")
 FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "kind": ((str,), "step, pass, quality (time to quality) or scaling"),
     "date": ((str,), "ISO 8601"),
-    "commit": ((str,), "of the package that was measured, with -dirty where it was changed; a version where it is no checkout"),
+    "commit": (
+        (str,),
+        "of the package that was measured, with -dirty where files were changed or added, and "
+        "-stale-extension where the C++ extension is older than its sources; a version where it is no checkout",
+    ),
     "device": ((str,), "name of the processor or GPU"),
     "versions": ((str,), "of Python and of the packages that were measured"),
     "precision": ((str,), "torch.get_float32_matmul_precision()"),
@@ -75,6 +80,13 @@ def environment(device: Any, package: Path) -> Row:
     }
 
 
+def stale_extension(folder: Path) -> bool:
+    """Whether the C++ extension in a checkout was built before a file of its csrc was last written."""
+    built = [path.stat().st_mtime for path in (folder / "dante_kernels").glob("_C*.so")]
+    sources = [path.stat().st_mtime for path in (folder / "csrc").rglob("*") if path.is_file()]
+    return bool(built and sources) and max(built) < max(sources)
+
+
 def commit_of(folder: Path) -> str | None:
     """The commit that is checked out in a folder, if it is a checkout's top."""
 
@@ -84,10 +96,16 @@ def commit_of(folder: Path) -> str | None:
     try:
         if Path(git("rev-parse", "--show-toplevel")) != folder.resolve():
             return None
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "dante_kernels", "csrc")
-        return git("rev-parse", "HEAD")[:12] + ("-dirty" if changed else "")
+        changed = git("status", "--porcelain", "--", "dante_kernels", "csrc", "bench", "setup.py", ":!bench/results")
+        marks = ("-dirty" if changed else "") + ("-stale-extension" if stale_extension(folder) else "")
+        return git("rev-parse", "HEAD")[:12] + marks
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def finite(value: Any) -> Any:
+    """The same, but None for a number that JSON has no word for: inf and NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def complete(row: Row) -> Row:
@@ -99,7 +117,7 @@ def complete(row: Row) -> Row:
     unknown = row.keys() - FIELDS.keys()
     if unknown:
         raise ValueError(f"row: expected the fields of FIELDS, got {sorted(unknown)} too")
-    whole = {name: row.get(name) for name in FIELDS}
+    whole = {name: finite(row.get(name)) for name in FIELDS}
     for name, (types, _) in FIELDS.items():
         if not isinstance(whole[name], types) or (isinstance(whole[name], bool) and bool not in types):
             raise TypeError(f"row, {name}: expected {' or '.join(t.__name__ for t in types)}, got {whole[name]!r}")
@@ -118,7 +136,9 @@ def write(stem: Path, rows: list[Row], curves: list[Row]) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     as_json, as_csv = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".csv")
     fields = {name: text for name, (_, text) in FIELDS.items()}
-    as_json.write_text(json.dumps({"fields": fields, "rows": rows, "curves": curves}, indent=1) + "\n")
+    curves = [curve | {"points": [{k: finite(v) for k, v in point.items()} for point in curve["points"]]} for curve in curves]
+    results = {"fields": fields, "rows": rows, "curves": curves}
+    as_json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     with as_csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()

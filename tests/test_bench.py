@@ -174,9 +174,12 @@ def test_every_method_here_gives_its_familys_result():
 def test_samples_are_taken_in_turn_and_the_first_does_not_count():
     calls = []
     samples = {name: lambda name=name: (calls.append(name), float(len(calls)))[1] for name in "abc"}
-    seconds = measure.interleave(samples, repeats=2)
-    assert "".join(calls) == "abc" + "bca" + "cab"
-    assert seconds == {"a": [6.0, 8.0], "b": [4.0, 9.0], "c": [5.0, 7.0]}
+    seconds = measure.interleave(samples, repeats=8)
+    turns = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert len(turns) == 9
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert len(set(turns)) > 3  # more orders than the three rotations
+    assert seconds == {name: [i + 1.0 for i, called in enumerate(calls) if called == name][1:] for name in "abc"}
 
 
 def test_a_spread_over_15_percent_is_marked():
@@ -184,6 +187,8 @@ def test_a_spread_over_15_percent_is_marked():
     found = measure.summary([1.0, 1.0, 1.1, 1.3, 1.4])
     assert found["noisy"]
     assert found["p20"] < found["median"] < found["p80"]
+    few = measure.summary([1.0, 4.0])
+    assert 1 <= few["p20"] <= few["p80"] <= 4
 
 
 def test_a_sample_starts_from_the_same_weights():
@@ -204,13 +209,22 @@ def test_operations_and_traffic_are_counted_by_hand(monkeypatch):
     assert limits.flops("pass", w, "sngd") == 10 * (3 * 4 * (24 + 8) + (2 * 24 + 3 * 4 * 8))
     assert limits.flops("pass", w, "sgd") == 10 * 3 * (6 * (24 + 8) - 2 * 24)
     assert limits.flops("step", w, "sngd") == 5 * 4 * (24 + 8)
-    assert limits.visits("pass", w, "sngd") == 10 * 3 * 2
     assert (limits.samples("pass", w), limits.samples("step", w)) == (10 * 3, 5)
-    assert limits.visits("pass", w, "sgd") == 10 * 3
     assert limits.traffic("pass", w, "sgd", CPU) == 0
     monkeypatch.setattr(limits, "cache_bytes", lambda device: 8)
     weights = 4 * (24 + 4 + 8 + 2)
     assert limits.traffic("pass", w, "sgd", CPU) == 4 * 6 * 30 + 3 * weights * 6
+    assert limits.traffic("pass", w, "sngd", CPU) == 4 * (6 + 4) * 30 + 3 * weights * 6 * 2
+
+
+def test_the_last_cache_is_read_from_the_machine(monkeypatch, tmp_path):
+    for i, size in enumerate(("32K", "512K", "96M")):
+        (tmp_path / f"index{i}").mkdir()
+        (tmp_path / f"index{i}" / "size").write_text(size + "\n")
+    monkeypatch.setattr(limits, "CPU_CACHES", tmp_path)
+    assert limits.cache_bytes(CPU) == 96 * 2**20
+    monkeypatch.setattr(limits, "CPU_CACHES", tmp_path / "none")
+    assert limits.cache_bytes(CPU) == 2**25
 
 
 def test_the_regime_is_what_takes_longest_and_the_fraction_is_of_the_hardwares_limit(monkeypatch):
@@ -260,6 +274,40 @@ def test_files_hold_every_field_of_every_row(tmp_path):
     assert results["fields"].keys() == report.FIELDS.keys()
     with paths[1].open() as file:
         assert [row["status"] for row in csv.DictReader(file)] == ["timed", "failed"]
+
+
+def test_what_is_not_finite_is_none_in_the_files(tmp_path):
+    curve = {"points": [{"loss": math.nan, "seconds": 1.0}]}
+    wrong = a_row(status="wrong result", median=None, noisy=None, error=math.inf)
+    results = json.loads(report.write(tmp_path / "rows", [wrong], [curve])[0].read_text())
+    assert results["rows"][0]["error"] is None
+    assert results["curves"][0]["points"] == [{"loss": None, "seconds": 1.0}]
+
+
+def test_the_commit_is_marked_for_every_change_and_for_an_old_extension(tmp_path):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    for name in ("dante_kernels/a.py", "csrc/a.cpp", "bench/a.py", "setup.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    (tmp_path / ".gitignore").write_text("*.so\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    clean = report.commit_of(tmp_path)
+    assert len(clean) == 12
+    for name in ("bench/a.py", "setup.py", "bench/new.py", "dante_kernels/new.py"):
+        (tmp_path / name).write_text("2")
+        assert report.commit_of(tmp_path) == clean + "-dirty", name
+        git("stash", "-qu")
+    (tmp_path / "bench" / "results").mkdir()
+    (tmp_path / "bench" / "results" / "rows.csv").write_text("rows")
+    built = tmp_path / "dante_kernels" / "_C.abi3.so"
+    built.write_text("")
+    assert report.commit_of(tmp_path) == clean
+    os.utime(built, (0, 0))
+    assert report.commit_of(tmp_path) == clean + "-stale-extension"
 
 
 def test_the_table_marks_what_is_noisy_wrong_or_not_here(capsys):
