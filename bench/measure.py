@@ -21,6 +21,7 @@ from .workloads import OURS, Workload
 
 Row = dict[str, Any]
 STEPS_IN_A_SAMPLE = 50
+STEP = "one step (SNGD: first layer; others: all layers)"
 NOISY = 0.15  # (p80 - p20) / median beyond which a row is marked
 # A method is right if, after a few mini-batches, it is this near to the float64 result, in parts of the way from the start,
 # by torch's float32_matmul_precision. What was seen in "highest" is below 1e-4, unless a pre-activation lies so near to the
@@ -151,6 +152,11 @@ def tolerance() -> float:
     return TOLERANCE[torch.get_float32_matmul_precision()]
 
 
+def failed(failure: Exception) -> Row:
+    """The fields that say so."""
+    return {"status": "failed", "note": " ".join(f"{type(failure).__name__}: {failure}".split())[:200]}
+
+
 def checked(place: str, truths: Truths) -> tuple[Row, Method | None]:
     """(status, note and error of a method, the method where it may be timed); it is warm then."""
     try:
@@ -159,7 +165,7 @@ def checked(place: str, truths: Truths) -> tuple[Row, Method | None]:
     except NotHere as reason:
         return {"status": "not here", "note": str(reason)}, None
     except Exception as failure:  # a peer that breaks is a row of the table, and no reason to lose the others
-        return {"status": "failed", "note": " ".join(f"{type(failure).__name__}: {failure}".split())[:200]}, None
+        return failed(failure), None
     row: Row = {"status": "timed", "error": error, "rate": method.problem.rate}
     end_tolerance = max(END_TOLERANCE, tolerance())
     if not (error <= tolerance() and end_error <= end_tolerance and loss_error <= END_TOLERANCE and whole):
@@ -204,26 +210,32 @@ def compare(
             methods[name] = method
     sweep = torch.empty(2 * limits.cache_bytes(device) // 4, device=device) if cold else None
 
-    def sample(method: Method) -> float:
-        return one_sample(kind, method, order) if sweep is None else one_sample(kind, method, order, 1, swept)
+    def sample(name: str) -> float:
+        if rows[name]["status"] == "failed":
+            return math.nan
+        try:
+            return one_sample(kind, methods[name], order, *(() if sweep is None else (1, swept)))
+        except Exception as failure:  # as in checked
+            rows[name] = failed(failure)
+            return math.nan
 
     def swept() -> None:
         assert sweep is not None
         sweep.zero_()
         torch.cuda.synchronize()
 
-    seconds = interleave({name: lambda m=method: sample(m) for name, method in methods.items()}, repeats)
+    seconds = interleave({name: functools.partial(sample, name) for name in methods}, repeats)
     regime = limits.regime(kind, workload, device, known, latency_of_a_step(kind, workload.layers, device))
     for name, row in rows.items():
         head = {
             "kind": kind, "net": workload.net, "batch": workload.batch, "rows": workload.rows, "method": name,
-            "work": workload.what if kind == "pass" else "one step", "cache": "cold" if cold else "warm", "regime": regime,
+            "work": workload.what if kind == "pass" else STEP, "cache": "cold" if cold else "warm", "regime": regime,
         }  # fmt: skip
-        if name in methods:
+        if row["status"] == "timed":
             family = methods[name].family
             row |= summary(seconds[name])
             row["samples_per_second"] = limits.samples(kind, workload) / row["median"]
             row["limit_fraction"] = limits.fraction(kind, workload, family, device, known, row["median"])
-            if OURS in methods:
+            if rows.get(OURS, row)["status"] == "timed" and OURS in methods:
                 row["ratio"] = statistics.median(a / b for a, b in zip(seconds[name], seconds[OURS], strict=True))
         yield head | row

@@ -106,13 +106,18 @@ def compare(
         except NotHere as reason:
             rows[name] = {"status": "not here", "note": str(reason)}
         except Exception as failure:  # as in measure.checked
-            rows[name] = {"status": "failed", "note": " ".join(f"{type(failure).__name__}: {failure}".split())[:200]}
+            rows[name] = measure.failed(failure)
     runs: dict[str, list[list[Row]]] = {name: [] for name in methods}
     for seed in range(1, repeats + 1):
         start = problem_of(split, workload, 1, seed, device).start
         for name, method in methods.items():
+            if name in rows:
+                continue
             method.problem = replace(method.problem, start=start)
-            runs[name].append(curve(method, split, rounds, seed, None if seed == 1 else target))
+            try:
+                runs[name].append(curve(method, split, rounds, seed, None if seed == 1 else target))
+            except Exception as failure:
+                rows[name] = measure.failed(failure)
     for name in names:
         head = {
             "kind": "quality", "net": workload.net, "batch": workload.batch, "rows": workload.rows, "method": name,

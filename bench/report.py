@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-KINDS = ("step", "pass", "quality", "scaling")
-STATUSES = ("timed", "wrong result", "not here", "failed", "not reached")
+KINDS = ("step", "pass", "quality", "scaling", "against")
+STATUSES = ("timed", "wrong result", "not here", "failed", "not reached", "slower", "not slower")
 REGIMES = ("latency", "compute", "memory")
 # Field: (types, what it is). Every row has every field; None stands where there is nothing to say.
 FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "kind": ((str,), "step, pass, quality (time to quality) or scaling"),
+    "kind": ((str,), "step, pass, quality (time to quality), scaling or against (another commit)"),
     "date": ((str,), "ISO 8601"),
     "commit": (
         (str,),
@@ -29,6 +29,8 @@ FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "versions": ((str,), "of Python and of the packages that were measured"),
     "precision": ((str,), "torch.get_float32_matmul_precision()"),
     "threads": ((int, type(None)), "cores and threads on the CPU"),
+    "peak": ((float, type(None)), "FLOP/s of the device with so many threads, measured"),
+    "bandwidth": ((float, type(None)), "bytes/s of main memory, measured"),
     "net": ((str,), "widths from input to output"),
     "batch": ((int,), "rows in a mini-batch"),
     "rows": ((int,), "of the data"),
@@ -45,7 +47,10 @@ FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "p80": ((float, type(None)), "seconds"),
     "spread": ((float, type(None)), "(p80 - p20) / median"),
     "noisy": ((bool, type(None)), "the spread exceeds 15 %"),
-    "ratio": ((float, type(None)), "median over the samples of this method's time over that of dante's operators"),
+    "ratio": (
+        (float, type(None)),
+        "median over the samples of this method's time over that of dante's operators; against: over the other commit's",
+    ),
     "samples_per_second": (
         (float, type(None)),
         "rows of an epoch times the epochs of a round, over the median: a row counts once, not once for each layer's turn",
@@ -154,6 +159,12 @@ def seconds_text(value: float) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
+def setting(row: Row) -> str:
+    """Where a row comes from, in words."""
+    threads = "" if row["threads"] is None else f", {row['threads']} thread{'s' * (row['threads'] > 1)}"
+    return f"{row['device']}, commit {row['commit']}, precision {row['precision']}{threads}"
+
+
 def show(rows: list[Row]) -> None:
     """Print one table; ratios are the method's time over ours, so above 1 ours is faster."""
     from rich import box
@@ -163,9 +174,10 @@ def show(rows: list[Row]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    titles = list(dict.fromkeys(setting(r) for r in rows))
+    table = Table(box=box.SIMPLE, pad_edge=False, title="; ".join(titles), title_justify="left")
     table.add_column("method")
-    for title in ("median", "spread", "samples/s", "time / ours", "of the limit", "bound by"):
+    for title in ("median", "spread", "samples/s", "time / ours", "of the limit", "dante bound by"):
         table.add_column(title, justify="right", no_wrap=True)
     last = None
     for r in rows:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import limits, measure, quality, report, scaling, workloads
+from bench import app, limits, measure, quality, report, scaling, workloads
 from bench.peers import torch_autograd, torch_plain
 from bench.workloads import OURS, Workload
 from dante_kernels import cli_bench
@@ -169,6 +169,56 @@ def test_every_method_here_gives_its_familys_result():
     statuses = {name: row["status"] for name, row in rows_of("pass", names, SMALL._replace(epochs=2)).items()}
     assert set(statuses.values()) <= {"timed", "not here"}, statuses
     assert {statuses[name] for name in ("torch SNGD", "torch SGD", "torch Adam, fused", "scikit-learn MLP")} == {"timed"}
+
+
+def test_a_peer_that_breaks_while_it_is_timed_loses_only_its_own_row(monkeypatch):
+    left = [8]
+    real = torch_autograd.FusedSgd.reset
+
+    def reset(self):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("out of memory")
+        real(self)
+
+    monkeypatch.setattr(torch_autograd.FusedSgd, "reset", reset)
+    rows = list(measure.compare("pass", SMALL, CPU, [OURS, "torch SGD, fused", "torch SGD"], 20, KNOWN))
+    assert [row["status"] for row in rows] == ["timed", "failed", "timed"]
+    assert "out of memory" in rows[1]["note"]
+
+
+def test_a_time_to_quality_survives_a_peer_that_breaks_in_a_timed_seed(monkeypatch):
+    split, workload = quality.load("digits", None, 100)
+    real = quality.curve
+
+    def curve(method, split, rounds, seed, target=None):
+        if seed == 2 and isinstance(method, torch_autograd.ForeachSgd):
+            raise RuntimeError("out of memory")
+        return real(method, split, rounds, seed, target)
+
+    monkeypatch.setattr(quality, "curve", curve)
+    pairs = list(quality.compare(split, workload, CPU, ["torch SGD", "torch SGD, foreach"], 2, 1, 0.01))
+    assert [(row["status"], drawn is not None) for row, drawn in pairs] == [("timed", True), ("failed", False)]
+
+
+def test_rows_measured_before_a_failure_are_written(monkeypatch, tmp_path, capsys):
+    def child(settings):
+        yield {"row": a_row(method="torch SGD")}
+        raise SystemExit(3)
+
+    monkeypatch.setattr(app, "child", child)
+    with pytest.raises(SystemExit):
+        app.main(["pass", "--output", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    assert len(json.loads(path.read_text())["rows"]) == 1
+    assert path.name == "bench-pass-cpu-2026-01-01-abc.json"
+
+
+def test_it_is_a_failure_where_dante_itself_has_no_row(monkeypatch, tmp_path, capsys):
+    for method, status in (("torch SGD", 1), (OURS, 0)):
+        monkeypatch.setattr(app, "child", lambda settings, m=method: [{"row": a_row(method=m)}])
+        assert app.main(["pass", "--output", str(tmp_path)]) == status
+        assert ("dante itself could not be measured" in capsys.readouterr().err) == bool(status)
 
 
 def test_samples_are_taken_in_turn_and_the_first_does_not_count():
@@ -430,6 +480,11 @@ def test_dante_bench_without_a_checkout_says_what_to_do(monkeypatch, tmp_path, c
         ("--plot x.json", "--plot: goes with --pictures"),
         ("--repeats 1", "--repeats: expected at least 2, got 1"),
         ("--threads 99999", "--threads: expected 1 to"),
+        ("--device foo", "--device: expected auto, cpu or cuda, got 'foo'"),
+        ("--methods nosuch", "got 'nosuch'"),
+        ("--against HEAD --methods JAX --threads 1 1", "--against: does not go with --methods, --threads"),
+        ("--plot nosuch.json --pictures x", "--plot: expected a JSON file of these benchmarks, got 'nosuch.json'"),
+        (f"--plot {__file__} --pictures x", "--plot: expected a JSON file"),
     ],
 )
 def test_a_mistake_is_named(capsys, arguments, says):
