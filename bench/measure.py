@@ -21,7 +21,7 @@ from .workloads import OURS, Workload
 
 Row = dict[str, Any]
 STEPS_IN_A_SAMPLE = 50
-STEP = "one step (SNGD: first layer; others: all layers)"
+STEP = "one step (SNGD: first layer, others: all)"
 NOISY = 0.15  # (p80 - p20) / median beyond which a row is marked
 # A method is right if, after a few mini-batches, it is this near to the float64 result, in parts of the way from the start,
 # by torch's float32_matmul_precision. What was seen in "highest" is below 1e-4, unless a pre-activation lies so near to the

@@ -432,6 +432,18 @@ def test_exponents_are_fitted_to_the_upper_half_and_superlinear_rows_are_named()
 
 
 @LINUX
+def test_a_whole_name_is_that_method_alone_and_a_part_is_many(tmp_path):
+    command = [sys.executable, "-m", "bench", "pass", "--quick", "--methods", "torch SGD; JAX", "--output", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = tmp_path.glob("*-quick.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["method"] for row in rows] == [OURS, "JAX scan SNGD", "torch SGD", "JAX scan SGD"]
+    assert all(row["bandwidth"] > 0 for row in rows)
+    assert rows[0]["commit"] in done.stdout
+
+
+@LINUX
 def test_quick_measures_everything_and_leaves_rows_and_pictures(tmp_path):
     arguments = ["step", "pass", "quality", "--quick", "--output", tmp_path / "rows", "--pictures", tmp_path / "pictures"]
     command = [sys.executable, "-m", "bench", *arguments]
