@@ -12,4 +12,8 @@ sys.path[:] = [*(place for place in sys.path if Path(place).resolve() != HERE), 
 from bench.app import main
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    try:
+        raise SystemExit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("dante bench: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

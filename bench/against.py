@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import measure, workloads
+from . import measure, report, workloads
 from .workloads import OURS, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +31,7 @@ STARTS = 3  # how often both sides' processes are started anew
 class Verdict(NamedTuple):
     """New time over old time: the median over the pairs, its 95 % interval, and whether that is slower beyond noise."""
 
+    pairs: int
     ratio: float
     low: float
     high: float
@@ -46,7 +47,7 @@ def judge(pairs: list[float]) -> Verdict:
         tail += math.comb(n, left) * 0.5**n
     low, high = (ordered[left - 1], ordered[n - left]) if left else (0.0, math.inf)
     ratio = statistics.median(ordered)
-    return Verdict(ratio, low, high, ratio > SLOWER and low > 1)
+    return Verdict(n, ratio, low, high, ratio > SLOWER and low > 1)
 
 
 class Side:
@@ -133,22 +134,36 @@ def pairs_of(sides: dict[str, Path], settings: dict[str, Any], wanted: list[int]
     return ratios
 
 
-def compare(sides: dict[str, Path], settings: dict[str, Any], repeats: int) -> list[tuple[str, Verdict]]:
-    """(case in words, verdict) for each case; `sides` names the folders of "base" and "head"."""
+def compare(sides: dict[str, Path], settings: dict[str, Any], repeats: int) -> list[tuple[str, Workload, Verdict]]:
+    """(kind, workload, verdict) for each case; `sides` names the folders of "base" and "head"."""
     many = cases(settings["quick"], settings["rows"])
     verdicts = {i: judge(p) for i, p in pairs_of(sides, settings, list(range(len(many))), repeats).items()}
     doubtful = [i for i, verdict in verdicts.items() if verdict.slower]
     if doubtful:
         verdicts |= {i: judge(p) for i, p in pairs_of(sides, settings, doubtful, repeats).items()}
+    return [(kind, w, verdicts[i]) for i, (kind, w) in enumerate(many)]
+
+
+def rows_of(verdicts: list[tuple[str, Workload, Verdict]], shared: dict[str, Any], base: str) -> list[dict[str, Any]]:
+    """A row for each verdict; `shared` has the fields of the head, `base` is the other side's commit."""
     return [
-        (f"{kind}: {w.net}, batch {w.batch}, {'one step' if kind == 'step' else w.what}", verdicts[i])
-        for i, (kind, w) in enumerate(many)
-    ]
+        shared
+        | {
+            "kind": "against", "net": w.net, "batch": w.batch, "rows": w.rows, "cache": "warm", "method": OURS,
+            "work": f"{kind}: {'one step' if kind == 'step' else w.what}", "status": "slower" if v.slower else "not slower",
+            "note": f"over {base}: 95 % interval {v.low:.3f} to {v.high:.3f}", "ratio": v.ratio, "repeats": v.pairs,
+        }
+        for kind, w, v in verdicts
+    ]  # fmt: skip
 
 
 @contextlib.contextmanager
 def checkout(commit: str, package: Path) -> Iterator[Path]:
-    """A temporary worktree of the commit, its C++ extension built, or copied from `package` where csrc is the same."""
+    """A temporary worktree of the commit, its C++ extension built, or copied from `package` where csrc is the same.
+
+    Raises:
+        ValueError: where there is no such commit, or the extension in `package` is not that of its sources.
+    """
 
     def git(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=check)
@@ -156,12 +171,17 @@ def checkout(commit: str, package: Path) -> Iterator[Path]:
     found = git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}", check=False)
     if found.returncode:
         raise ValueError(f"--against: expected a commit of the repository at {ROOT}, got {commit!r}")
+    if report.stale_extension(package):
+        raise ValueError(f"--against: the C++ extension in {package} is older than csrc: build it first")
+    built = list((package / "dante_kernels").glob("_C*.so"))
+    same = (
+        package == ROOT and not git("diff", "--quiet", found.stdout.strip(), "--", "csrc", "setup.py", check=False).returncode
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "base"
         git("worktree", "add", "--detach", str(folder), found.stdout.strip())
         try:
-            built = list((package / "dante_kernels").glob("_C*.so"))
-            if git("diff", "--quiet", found.stdout.strip(), "--", "csrc", "setup.py", check=False).returncode == 0 and built:
+            if same and built:
                 shutil.copy(built[0], folder / "dante_kernels")
             else:
                 command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]

@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -58,9 +59,15 @@ def main(arguments: list[str]) -> int:
     a = p.parse_args(arguments)
     if a.child:
         return measure_here(json.loads(a.child))
+    from . import report, workloads
+
     unknown = [kind for kind in a.kinds if kind not in KINDS]
     if unknown:
         p.error(f"KIND: expected step, pass or quality, got {unknown[0]!r}")
+    ignored = [f"--{name}" for name in ("pictures", "methods", "data_dir", "target") if getattr(a, name)]
+    ignored += ["--threads with more than one number"] * (len(a.threads) > 1)
+    if a.against and ignored:
+        p.error(f"--against: does not go with {', '.join(ignored).replace('_', '-')}")
     if bool(a.kinds) + a.scaling + bool(a.against) + bool(a.plot) > 1:
         p.error("expected kinds, --scaling, --against or --plot, got more than one of them")
     if a.pictures and importlib.util.find_spec("matplotlib") is None:
@@ -68,16 +75,24 @@ def main(arguments: list[str]) -> int:
     if a.plot:
         if not a.pictures:
             p.error("--plot: goes with --pictures DIR")
-        return draw(json.loads(a.plot.read_text()), a.pictures)
+        try:
+            results = json.loads(a.plot.read_text())
+            rows, curves = [report.complete(row) for row in results["rows"]], results["curves"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            p.error(f"--plot: expected a JSON file of these benchmarks, got {str(a.plot)!r}: {error}")
+        return draw({"rows": rows, "curves": curves}, a.pictures)
     if a.repeats < 2:
         p.error(f"--repeats: expected at least 2, got {a.repeats}")
     if a.rows < 1 or a.rounds < 1:
         p.error("--rows, --rounds: expected at least 1")
+    strangers = [text for text in texts_of(a.methods) if not any(text in name for name in workloads.METHODS)]
+    if strangers:
+        p.error(f"--methods: expected parts of {'; '.join(workloads.METHODS)}; got {strangers[0]!r}")
     runs = [settings_of(a, threads) for threads in thread_counts(p, a)]
     if a.isa:
         os.environ["DANTE_CPU_ISA"] = a.isa
     if a.against:
-        return against_commit(a.against, runs[0])
+        return against_commit(a.against, runs[0], a.output)
     return with_peers(a, runs)
 
 
@@ -87,7 +102,9 @@ def thread_counts(p: argparse.ArgumentParser, a: argparse.Namespace) -> list[int
 
     if a.device == "auto":
         a.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(a.device).type == "cuda":
+    if a.device.split(":")[0] not in ("cpu", "cuda"):
+        p.error(f"--device: expected auto, cpu or cuda, got {a.device!r}")
+    if a.device.startswith("cuda"):
         if not torch.cuda.is_available():
             p.error(f"--device: got {a.device!r}, but torch sees no CUDA device")
         return [None]
@@ -110,28 +127,45 @@ def settings_of(a: argparse.Namespace, threads: int | None) -> Row:
 
 def with_peers(a: argparse.Namespace, runs: list[Row]) -> int:
     """Measure, print, write and draw."""
-    from . import report, scaling
+    from . import report, scaling, workloads
 
     rows: list[Row] = []
     curves: list[Row] = []
-    for settings in runs:
-        for message in child(settings):
-            if "row" in message:
-                rows.append(report.complete(message["row"]))
-            else:
-                curves.append(message["curve"])
-    report.show(rows)
-    kinds = "-".join(runs[0]["kinds"])
-    device = rows[0]["device"].lower().replace(" ", "-")
-    for path in report.write(a.output / f"bench-{kinds}-{device}-{rows[0]['date'][:10]}", rows, curves):
-        print(path)
+    try:
+        for settings in runs:
+            for message in child(settings):
+                if "row" in message:
+                    rows.append(report.complete(message["row"]))
+                else:
+                    curves.append(message["curve"])
+    finally:  # what was measured before a failure or Ctrl-C is kept
+        if rows:
+            report.show(rows)
+            write(a.output, "-".join(runs[0]["kinds"]), rows, curves, a.quick)
     if a.pictures:
         draw({"rows": rows, "curves": curves}, a.pictures)
     complaints = [f"{r['method']}: {r['status']}: {r['note']}" for r in rows if r["status"] in ("wrong result", "failed")]
     complaints += scaling.superlinear(rows)
+    if not any(r["method"] == workloads.OURS and r["status"] in ("timed", "not reached") for r in rows):
+        complaints.append(f"{workloads.OURS} itself could not be measured")
     for complaint in complaints:
         print(f"dante bench: {complaint}", file=sys.stderr)
     return 1 if complaints else 0
+
+
+def write(folder: Path, what: str, rows: list[Row], curves: list[Row], quick: bool) -> None:
+    """Write the rows to files of a name of their own, and print it."""
+    from . import report
+
+    about = (what, rows[0]["device"].lower(), rows[0]["date"][:19].replace(":", ""), rows[0]["commit"], *["quick"] * quick)
+    stem = folder / re.sub(r"[^\w.]+", "-", "-".join(("bench", *about)))
+    for path in report.write(stem, rows, curves):
+        print(path)
+
+
+def texts_of(methods: str | None) -> list[str]:
+    """The texts of --methods."""
+    return [text.strip() for text in (methods or "").split(";") if text.strip()]
 
 
 def draw(results: Row, folder: Path) -> int:
@@ -143,23 +177,30 @@ def draw(results: Row, folder: Path) -> int:
     return 0
 
 
-def against_commit(commit: str, settings: Row) -> int:
-    """Print each workload's verdict; 1 where one is slower."""
+def against_commit(commit: str, settings: Row, output: Path) -> int:
+    """Print each workload's verdict and write it; 1 where one is slower."""
+    import torch
+
     import dante_kernels
 
-    from . import against
+    from . import against, report
 
     head = Path(dante_kernels.__file__).resolve().parent.parent
     try:
         with against.checkout(commit, head) as base:
+            base_commit = report.commit_of(base) or commit
             verdicts = against.compare({"base": base, "head": head}, settings, settings["repeats"])
     except (ValueError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"dante bench: {error}", file=sys.stderr)
         return 2
-    print(f"time over that of {commit}: median, 95 % interval")
-    for name, v in verdicts:
+    shared = report.environment(torch.device(settings["device"]), head)
+    shared |= {"threads": settings["threads"], "precision": settings["precision"]}
+    print(f"time of {shared['commit']} over that of {base_commit} ({commit}): median, 95 % interval; {report.setting(shared)}")
+    for kind, w, v in verdicts:
+        name = f"{kind}: {w.net}, batch {w.batch}, {'one step' if kind == 'step' else w.what}"
         print(f"{v.ratio:6.3f}  {v.low:.3f} to {v.high:.3f}  {name}{'  SLOWER' if v.slower else ''}")
-    return int(any(v.slower for _, v in verdicts))
+    write(output, "against", against.rows_of(verdicts, shared, base_commit), [], settings["quick"])
+    return int(any(v.slower for *_, v in verdicts))
 
 
 def child(settings: Row) -> Iterator[Row]:
@@ -225,11 +266,16 @@ def measure_rows(settings: Row, device: Any, send: Callable[[Row], None]) -> Non
     shared = report.environment(device, Path(dante_kernels.__file__).resolve().parent.parent)
     shared["device"] += f", {settings['isa']} kernels" if settings["isa"] else ""
     known = limits.of(device, settings["threads"])
-    print(f"limits: {known}", file=sys.stderr)
-    texts = (settings["methods"] or "").split(";")
+    shared |= {"peak": known.peak, "bandwidth": known.bandwidth}
+    peak = "not known" if known.peak is None else f"{known.peak / 1e9:.4g} GFLOP/s"
+    print(f"limits: peak {peak}, main memory {known.bandwidth / 1e9:.4g} GB/s", file=sys.stderr)
+    texts = texts_of(settings["methods"])
 
     def wanted(names: list[str]) -> list[str]:
-        some = [name for name in names if name == workloads.OURS or any(text in name for text in texts)]
+        def named(name: str) -> bool:  # a whole name is that method alone
+            return any(text == name if text in workloads.METHODS else text in name for text in texts)
+
+        some = [name for name in names if name == workloads.OURS or not texts or named(name)]
         return [name for name in some if not (settings["quick"] and "compile" in name)]
 
     for kind in settings["kinds"]:

@@ -8,7 +8,6 @@ what our kernels need for as many steps of a net with two units in each layer.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -23,6 +22,7 @@ import torch
 from .workloads import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # Linux; elsewhere 32 MiB are taken for the last one
 
 
 class Limits(NamedTuple):
@@ -74,8 +74,9 @@ def cache_bytes(device: torch.device) -> int:
     """The last cache before main memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    names = [name for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE") if name in os.sysconf_names]
-    return next((size for name in names if (size := os.sysconf(name)) > 0), 2**25)
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    texts = [path.read_text().strip() for path in CPU_CACHES.glob("index*/size")]
+    return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=2**25)
 
 
 def steps(kind: str, workload: Workload, family: str) -> int:
@@ -86,9 +87,9 @@ def steps(kind: str, workload: Workload, family: str) -> int:
     return workload.rows // workload.batch * workload.epochs * turns
 
 
-def visits(kind: str, workload: Workload, family: str) -> int:
-    """Rows of all the mini-batches of a sample."""
-    return steps(kind, workload, family) * workload.batch
+def samples(kind: str, workload: Workload) -> int:
+    """Rows of a sample: each once an epoch, however many layers take their turn on it, so that it fits the ratio of times."""
+    return workload.batch if kind == "step" else workload.rows * workload.epochs
 
 
 def flops(kind: str, workload: Workload, family: str) -> float:
@@ -113,7 +114,8 @@ def traffic(kind: str, workload: Workload, family: str, device: torch.device) ->
     data, cache = 4 * rows * workload.widths[0], cache_bytes(device)
     if data + weights <= cache:
         return 0
-    moved = 4 * visits(kind, workload, family) * workload.widths[0]
+    actives = 1 if kind == "step" or family != "sngd" else workload.trained  # each reads its own input
+    moved = 4 * samples(kind, workload) * sum(workload.widths[:actives])
     return moved + (3 * weights * steps(kind, workload, family) if weights > cache else 0)
 
 

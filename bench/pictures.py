@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import report
+
 Row = dict[str, Any]
-# Colours of the bars and dashes of the lines by the first words of a method's name.
+# Colours of the bars by the first words of a method's name.
 COLOURS = {
     "dante": "#0072B2",
     "dk.fit": "#0072B2",
@@ -16,7 +18,8 @@ COLOURS = {
     "scikit": "#CC79A7",
     "CUDA": "#009E73",
 }
-DASHES = {"dk.fit": "-.", "JAX": "--", "torch.compile": (0, (6, 2)), "torch": ":", "CUDA": (0, (1, 3))}
+DASHES = ("-", "--", ":", "-.")  # of the methods of a family, one after the other, and then again with the next marker
+MARKERS = ("", "o", "s")
 
 
 def colour(method: str) -> str:
@@ -37,7 +40,8 @@ def draw(results: Row, folder: Path) -> Iterator[Path]:
     if timed:
         figures["bench-ratio"] = ratios(timed)
     if results["curves"]:
-        figures["bench-loss"] = losses(results["curves"])
+        quality = [r for r in results["rows"] if r["kind"] == "quality"]
+        figures["bench-loss"] = losses(results["curves"], footer(quality))
     if not figures:
         raise SystemExit("dante bench: no pass and no curve to draw; measure pass or quality")
     for name, figure in figures.items():
@@ -45,6 +49,12 @@ def draw(results: Row, folder: Path) -> Iterator[Path]:
             path = folder / f"{name}.{suffix}"
             figure.savefig(path, dpi=80, metadata={"Date": None} if suffix == "svg" else None)
             yield path
+
+
+def footer(rows: list[Row]) -> str:
+    """Where these rows come from."""
+    settings = "; ".join(dict.fromkeys(report.setting(r) for r in rows))
+    return f"{settings}; {rows[0]['date'][:10]}"
 
 
 def ratios(rows: list[Row]) -> Any:
@@ -72,12 +82,11 @@ def ratios(rows: list[Row]) -> Any:
         axis.invert_yaxis()
     for axis in list(figure.axes)[len(groups) :]:
         axis.remove()
-    where = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
-    figure.supxlabel(f"time over that of dante's operators\n(above 1: dante is faster); {where}", fontsize=8)
+    figure.supxlabel(f"time over that of dante's operators\n(above 1: dante is faster); {footer(rows)}", fontsize=8)
     return figure
 
 
-def losses(curves: list[Row]) -> Any:
+def losses(curves: list[Row], where: str) -> Any:
     """Test loss against weights updated, as the papers plot it, and against seconds; MSE only."""
     from matplotlib.figure import Figure
 
@@ -87,15 +96,16 @@ def losses(curves: list[Row]) -> Any:
     for i, c in enumerate(reversed(first.values())):
         style = {"label": f"{c['family']}, rate {c['rate']:g}", "color": f"C{i}"}
         left.plot([p["weights_updated"] / 1e6 for p in c["points"]], [p["loss"] for p in c["points"]], **style)
-    for c in curves:
-        if c["family"] in first:
-            place = list(reversed(first)).index(c["family"])
-            dashes = next((d for start, d in DASHES.items() if c["method"].startswith(start)), "-")
-            style = {"label": c["method"], "color": f"C{place}", "linestyle": dashes, "linewidth": 1.2}
-            right.plot([p["seconds"] for p in c["points"]], [p["loss"] for p in c["points"]], **style)
+    for place, family in enumerate(reversed(first)):
+        for i, c in enumerate(c for c in curves if c["family"] == family):
+            marker = MARKERS[i // len(DASHES) % len(MARKERS)]
+            style = {"label": c["method"], "color": f"C{place}", "linestyle": DASHES[i % len(DASHES)], "marker": marker}
+            points = [p["seconds"] for p in c["points"]], [p["loss"] for p in c["points"]]
+            right.plot(*points, **style, linewidth=1.2, markersize=3)
     left.set(xlabel="weights updated, in millions, each change counted", ylabel="test loss (MSE)", yscale="log")
     right.set(xlabel="seconds of training", xscale="log")
     left.legend(fontsize=7)
     right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"{curves[0]['data']}, {curves[0]['net']}, each family at its best rate", fontsize=10)
+    figure.supxlabel(where, fontsize=8)
     return figure

@@ -53,14 +53,15 @@ def curve(method: Method, split: data.Dataset, rounds: int, seed: int, target: f
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(rows, generator=generator).to(device) for _ in range(rounds)]
     method.reset()
-    method.round(orders[0])
+    method.round(*method.prepare(orders[0]))
     method.reset()
     method.wait()
     weights = sum(n_in * n_out + n_out for n_in, n_out in pairwise(method.problem.widths))
     points, seconds = [], 0.0
     for done, order in enumerate(orders, 1):
+        inputs = method.prepare(order)
         begin = time.perf_counter()
-        method.round(order)
+        method.round(*inputs)
         method.wait()
         seconds += time.perf_counter() - begin
         loss, accuracy = loss_and_hits(method.family, method.layers(), split.x_test, split.y_test)
@@ -105,13 +106,18 @@ def compare(
         except NotHere as reason:
             rows[name] = {"status": "not here", "note": str(reason)}
         except Exception as failure:  # as in measure.checked
-            rows[name] = {"status": "failed", "note": " ".join(f"{type(failure).__name__}: {failure}".split())[:200]}
+            rows[name] = measure.failed(failure)
     runs: dict[str, list[list[Row]]] = {name: [] for name in methods}
     for seed in range(1, repeats + 1):
         start = problem_of(split, workload, 1, seed, device).start
         for name, method in methods.items():
+            if name in rows:
+                continue
             method.problem = replace(method.problem, start=start)
-            runs[name].append(curve(method, split, rounds, seed, None if seed == 1 else target))
+            try:
+                runs[name].append(curve(method, split, rounds, seed, None if seed == 1 else target))
+            except Exception as failure:
+                rows[name] = measure.failed(failure)
     for name in names:
         head = {
             "kind": "quality", "net": workload.net, "batch": workload.batch, "rows": workload.rows, "method": name,

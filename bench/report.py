@@ -6,24 +6,31 @@ import csv
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-KINDS = ("step", "pass", "quality", "scaling")
-STATUSES = ("timed", "wrong result", "not here", "failed", "not reached")
+KINDS = ("step", "pass", "quality", "scaling", "against")
+STATUSES = ("timed", "wrong result", "not here", "failed", "not reached", "slower", "not slower")
 REGIMES = ("latency", "compute", "memory")
 # Field: (types, what it is). Every row has every field; None stands where there is nothing to say.
 FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "kind": ((str,), "step, pass, quality (time to quality) or scaling"),
+    "kind": ((str,), "step, pass, quality (time to quality), scaling or against (another commit)"),
     "date": ((str,), "ISO 8601"),
-    "commit": ((str,), "of the package that was measured, with -dirty where it was changed; a version where it is no checkout"),
+    "commit": (
+        (str,),
+        "of the package that was measured, with -dirty where files were changed or added, and "
+        "-stale-extension where the C++ extension is older than its sources; a version where it is no checkout",
+    ),
     "device": ((str,), "name of the processor or GPU"),
     "versions": ((str,), "of Python and of the packages that were measured"),
     "precision": ((str,), "torch.get_float32_matmul_precision()"),
     "threads": ((int, type(None)), "cores and threads on the CPU"),
+    "peak": ((float, type(None)), "FLOP/s of the device with so many threads, measured"),
+    "bandwidth": ((float, type(None)), "bytes/s of main memory, measured"),
     "net": ((str,), "widths from input to output"),
     "batch": ((int,), "rows in a mini-batch"),
     "rows": ((int,), "of the data"),
@@ -40,8 +47,14 @@ FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "p80": ((float, type(None)), "seconds"),
     "spread": ((float, type(None)), "(p80 - p20) / median"),
     "noisy": ((bool, type(None)), "the spread exceeds 15 %"),
-    "ratio": ((float, type(None)), "median over the samples of this method's time over that of dante's operators"),
-    "samples_per_second": ((float, type(None)), "rows seen by mini-batches"),
+    "ratio": (
+        (float, type(None)),
+        "median over the samples of this method's time over that of dante's operators; against: over the other commit's",
+    ),
+    "samples_per_second": (
+        (float, type(None)),
+        "rows of an epoch times the epochs of a round, over the median: a row counts once, not once for each layer's turn",
+    ),
     "limit_fraction": ((float, type(None)), "the least time that the machine would need (limits.py), over the median"),
     "regime": ((str, type(None)), "what bounds this workload: latency, compute or memory"),
     "exponent": ((float, type(None)), "of the cost along an axis, fitted (scaling)"),
@@ -72,6 +85,13 @@ def environment(device: Any, package: Path) -> Row:
     }
 
 
+def stale_extension(folder: Path) -> bool:
+    """Whether the C++ extension in a checkout was built before a file of its csrc was last written."""
+    built = [path.stat().st_mtime for path in (folder / "dante_kernels").glob("_C*.so")]
+    sources = [path.stat().st_mtime for path in (folder / "csrc").rglob("*") if path.is_file()]
+    return bool(built and sources) and max(built) < max(sources)
+
+
 def commit_of(folder: Path) -> str | None:
     """The commit that is checked out in a folder, if it is a checkout's top."""
 
@@ -81,10 +101,16 @@ def commit_of(folder: Path) -> str | None:
     try:
         if Path(git("rev-parse", "--show-toplevel")) != folder.resolve():
             return None
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "dante_kernels", "csrc")
-        return git("rev-parse", "HEAD")[:12] + ("-dirty" if changed else "")
+        changed = git("status", "--porcelain", "--", "dante_kernels", "csrc", "bench", "setup.py", ":!bench/results")
+        marks = ("-dirty" if changed else "") + ("-stale-extension" if stale_extension(folder) else "")
+        return git("rev-parse", "HEAD")[:12] + marks
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def finite(value: Any) -> Any:
+    """The same, but None for a number that JSON has no word for: inf and NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def complete(row: Row) -> Row:
@@ -96,7 +122,7 @@ def complete(row: Row) -> Row:
     unknown = row.keys() - FIELDS.keys()
     if unknown:
         raise ValueError(f"row: expected the fields of FIELDS, got {sorted(unknown)} too")
-    whole = {name: row.get(name) for name in FIELDS}
+    whole = {name: finite(row.get(name)) for name in FIELDS}
     for name, (types, _) in FIELDS.items():
         if not isinstance(whole[name], types) or (isinstance(whole[name], bool) and bool not in types):
             raise TypeError(f"row, {name}: expected {' or '.join(t.__name__ for t in types)}, got {whole[name]!r}")
@@ -115,7 +141,9 @@ def write(stem: Path, rows: list[Row], curves: list[Row]) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     as_json, as_csv = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".csv")
     fields = {name: text for name, (_, text) in FIELDS.items()}
-    as_json.write_text(json.dumps({"fields": fields, "rows": rows, "curves": curves}, indent=1) + "\n")
+    curves = [curve | {"points": [{k: finite(v) for k, v in point.items()} for point in curve["points"]]} for curve in curves]
+    results = {"fields": fields, "rows": rows, "curves": curves}
+    as_json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     with as_csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
@@ -131,6 +159,12 @@ def seconds_text(value: float) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
+def setting(row: Row) -> str:
+    """Where a row comes from, in words."""
+    threads = "" if row["threads"] is None else f", {row['threads']} thread{'s' * (row['threads'] > 1)}"
+    return f"{row['device']}, commit {row['commit']}, precision {row['precision']}{threads}"
+
+
 def show(rows: list[Row]) -> None:
     """Print one table; ratios are the method's time over ours, so above 1 ours is faster."""
     from rich import box
@@ -140,9 +174,10 @@ def show(rows: list[Row]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    titles = list(dict.fromkeys(setting(r) for r in rows))
+    table = Table(box=box.SIMPLE, pad_edge=False, title="; ".join(titles), title_justify="left")
     table.add_column("method")
-    for title in ("median", "spread", "samples/s", "time / ours", "of the limit", "bound by"):
+    for title in ("median", "spread", "samples/s", "time / ours", "of the limit", "dante bound by"):
         table.add_column(title, justify="right", no_wrap=True)
     last = None
     for r in rows:

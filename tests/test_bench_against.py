@@ -1,5 +1,6 @@
 """`dante bench --against`: a slower package is flagged, noise is not, and nothing is left behind."""
 
+import json
 import os
 import pathlib
 import random
@@ -9,7 +10,7 @@ import subprocess
 import pytest
 
 import dante_kernels
-from bench import against, app
+from bench import against, app, report, workloads
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = pathlib.Path(dante_kernels.__file__).resolve().parent
@@ -71,8 +72,8 @@ def test_a_slower_package_is_flagged_after_a_second_look(package, monkeypatch):
     looks = []
     real = against.pairs_of
     monkeypatch.setattr(against, "pairs_of", lambda *args: (looks.append(args[2]), real(*args))[1])
-    verdicts = dict(against.compare({"base": PACKAGE.parent, "head": package}, SETTINGS, 9))
-    slow = verdicts["pass: 20-16-10, batch 10, every layer"]
+    verdicts = {kind: v for kind, _, v in against.compare({"base": PACKAGE.parent, "head": package}, SETTINGS, 9)}
+    slow = verdicts["pass"]
     assert slow.slower
     assert slow.ratio > 2
     assert 1 in looks[1]
@@ -87,12 +88,20 @@ def test_a_package_that_computes_something_else_is_an_error(package):
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
-def test_the_exit_status_says_whether_something_is_slower(monkeypatch, capsys):
+def test_the_exit_status_and_the_files_say_whether_something_is_slower(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(report, "stale_extension", lambda folder: False)
     for ratio, status in ((1.2, 1), (1.0, 0)):
         verdict = against.judge([ratio] * 9)
-        monkeypatch.setattr(against, "compare", lambda *args, v=verdict: [("pass: a net", v)])
-        assert app.against_commit("HEAD", SETTINGS | {"repeats": 9}) == status
-        assert ("SLOWER" in capsys.readouterr().out) == bool(status)
+        monkeypatch.setattr(against, "compare", lambda *args, v=verdict: [("pass", workloads.QUICK, v)])
+        output = tmp_path / str(status)
+        assert app.against_commit("HEAD", SETTINGS | {"repeats": 9}, output) == status
+        out = capsys.readouterr().out
+        assert ("SLOWER" in out) == bool(status)
+        assert git("rev-parse", "HEAD")[:12] in out
+        (path,) = output.glob("bench-against-*-quick.json")
+        (row,) = json.loads(path.read_text())["rows"]
+        assert (row["status"], row["ratio"]) == ("slower" if status else "not slower", ratio)
+        assert len(list(output.glob("*.csv"))) == 1
 
 
 def git(*arguments):
@@ -100,7 +109,15 @@ def git(*arguments):
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
-def test_a_commit_is_checked_out_for_as_long_as_it_is_needed():
+def test_an_extension_older_than_its_sources_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(report, "stale_extension", lambda folder: True)
+    assert app.against_commit("HEAD", SETTINGS | {"repeats": 9}, tmp_path) == 2
+    assert "older than csrc" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
+def test_a_commit_is_checked_out_for_as_long_as_it_is_needed(monkeypatch):
+    monkeypatch.setattr(report, "stale_extension", lambda folder: False)
     before = git("worktree", "list")
     with against.checkout("HEAD", PACKAGE.parent) as folder:
         assert (folder / "dante_kernels" / "__init__.py").is_file()
@@ -112,6 +129,6 @@ def test_a_commit_is_checked_out_for_as_long_as_it_is_needed():
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
-def test_what_is_no_commit_is_named(capsys):
-    assert app.against_commit("no-such-commit", SETTINGS | {"repeats": 9}) == 2
+def test_what_is_no_commit_is_named(capsys, tmp_path):
+    assert app.against_commit("no-such-commit", SETTINGS | {"repeats": 9}, tmp_path) == 2
     assert "got 'no-such-commit'" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,8 +75,12 @@ class Method:
         """Back to the problem's start; nothing of an earlier run is left. Not timed."""
         raise NotImplementedError
 
+    def prepare(self, *inputs: Tensor) -> Sequence[Any]:
+        """What `round` or `step` will be given, as the method takes it. Not timed."""
+        return inputs
+
     def round(self, order: Tensor) -> None:
-        """Train on the rows in this order, as the problem says; it may return before that is done."""
+        """Train on the prepared order of rows, as the problem says; it may return before that is done."""
         raise NotImplementedError
 
     def step(self, x: Tensor, y: Tensor, one_hot: Tensor) -> None:
@@ -109,6 +114,24 @@ class TorchMethod(Method):
 
     def layers(self) -> Layers:
         return [(w.detach(), b.detach()) for w, b in self.weights]
+
+
+class JointMethod(TorchMethod):
+    """All layers at once; a round gathers its rows once, which is faster than at every step."""
+
+    def update(self, x: Tensor, one_hot: Tensor) -> None:
+        """One step on a mini-batch."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor, y: Tensor, one_hot: Tensor) -> None:
+        self.update(x, one_hot)
+
+    def round(self, order: Tensor) -> None:
+        p = self.problem
+        x, one_hot = p.x[order].split(p.batch), p.one_hot[order].split(p.batch)
+        for _ in range(p.epochs):
+            for inputs, targets in zip(x, one_hot, strict=True):
+                self.update(inputs, targets)
 
 
 class AlternatingMethod(TorchMethod):

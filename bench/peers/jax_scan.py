@@ -70,17 +70,13 @@ class JaxMethod(Method):
         precision = {"highest": "highest", "high": "tensorfloat32", "medium": "bfloat16"}
         jax.config.update("jax_default_matmul_precision", precision[torch.get_float32_matmul_precision()])
         self.x, self.y = self.array(problem.x), self.array(problem.y)
-        self.orders = {}
 
     @staticmethod
     def array(tensor):
         return jnp.array(tensor.cpu().numpy())
 
-    def once(self, tensor):
-        """A tensor as JAX's array, converted the first time that it comes."""
-        if id(tensor) not in self.orders:
-            self.orders[id(tensor)] = tensor, self.array(tensor)  # the tensor too, so that its id stays its own
-        return self.orders[id(tensor)][1]
+    def prepare(self, *inputs):
+        return jax.block_until_ready([self.array(tensor) for tensor in inputs])
 
     def reset(self):
         self.weights = [(self.array(w), self.array(b)) for w, b in self.problem.start]
@@ -99,12 +95,12 @@ class ScanSgd(JaxMethod):
     family = "sgd"
 
     def round(self, order):
-        p, order = self.problem, self.once(order)
+        p = self.problem
         for _ in range(p.epochs):
             self.weights = sgd_epoch(self.weights, self.x, self.y, order, p.batch, p.rate)
 
     def step(self, x, y, one_hot):
-        self.weights = sgd_step(self.weights, self.once(x), self.once(y), self.problem.rate)
+        self.weights = sgd_step(self.weights, x, y, self.problem.rate)
 
 
 class ScanSngd(JaxMethod):
@@ -113,7 +109,7 @@ class ScanSngd(JaxMethod):
     family = "sngd"
 
     def round(self, order):
-        p, order = self.problem, self.once(order)
+        p = self.problem
         block = p.block or len(order)
         for begin in range(0, len(order), block):
             rows = order[begin : begin + block]
@@ -128,4 +124,4 @@ class ScanSngd(JaxMethod):
                     )
 
     def step(self, x, y, one_hot):
-        self.weights[0] = sngd_step(self.weights[0], self.weights[1:], self.once(x), self.once(y), self.problem.rate)
+        self.weights[0] = sngd_step(self.weights[0], self.weights[1:], x, y, self.problem.rate)

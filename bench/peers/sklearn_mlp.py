@@ -20,10 +20,10 @@ class PlainMlp(Autograd):
 
     family = "mlp"
 
-    def loss(self, x: Tensor, y: Tensor, one_hot: Tensor) -> Tensor:
+    def loss(self, x: Tensor, one_hot: Tensor) -> Tensor:
         for i, (w, b) in enumerate(self.weights):
             x = F.linear(x if i == 0 else x.relu(), w, b)
-        return F.cross_entropy(x, y)
+        return F.cross_entropy(x, one_hot)
 
 
 class Mlp(Method):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import SLOPE, Problem, TorchMethod
+from . import SLOPE, JointMethod, Problem
 
 
-class Autograd(TorchMethod):
+class Autograd(JointMethod):
     """A torch optimizer; in float64, with neither foreach nor fused, the truth of its family."""
 
     family = "sgd"
@@ -28,22 +28,16 @@ class Autograd(TorchMethod):
         form = {"foreach": False} if self.form is None else {self.form: True}
         self.updates = self.optimizer(self.parameters, lr=self.problem.rate, **dict(self.settings), **form)
 
-    def loss(self, x: Tensor, y: Tensor, one_hot: Tensor) -> Tensor:
+    def loss(self, x: Tensor, one_hot: Tensor) -> Tensor:
         """MSE; what the family minimizes."""
         for w, b in self.weights:
             x = F.leaky_relu(F.linear(x, w, b), SLOPE)
         return F.mse_loss(x, one_hot)
 
-    def step(self, x: Tensor, y: Tensor, one_hot: Tensor) -> None:
+    def update(self, x: Tensor, one_hot: Tensor) -> None:
         self.updates.zero_grad()
-        self.loss(x, y, one_hot).backward()
+        self.loss(x, one_hot).backward()
         self.updates.step()
-
-    def round(self, order: Tensor) -> None:
-        p = self.problem
-        for _ in range(p.epochs):
-            for rows in order.split(p.batch):
-                self.step(p.x[rows], p.y[rows], p.one_hot[rows])
 
 
 class ForeachSgd(Autograd):

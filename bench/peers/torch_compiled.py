@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import SLOPE, Layers, NotHere, Problem, TorchMethod
+from . import SLOPE, JointMethod, Layers, NotHere, Problem
 from .torch_plain import PlainSngd, sngd_step
 
 
@@ -24,7 +24,7 @@ def sgd_step(weights: Layers, x: Tensor, one_hot: Tensor, lr: float) -> None:
             parameter.sub_(lr * gradient)
 
 
-class CompiledSgd(TorchMethod):
+class CompiledSgd(JointMethod):
     """SGD, compiled by Inductor."""
 
     family = "sgd"
@@ -40,14 +40,8 @@ class CompiledSgd(TorchMethod):
         torch._dynamo.reset()  # or the variants of earlier problems would count against its limit
         self.one_step = torch.compile(sgd_step, dynamic=False, fullgraph=True, mode=self.mode)
 
-    def step(self, x: Tensor, y: Tensor, one_hot: Tensor) -> None:
+    def update(self, x: Tensor, one_hot: Tensor) -> None:
         self.one_step(self.weights, x, one_hot, self.problem.rate)
-
-    def round(self, order: Tensor) -> None:
-        p = self.problem
-        for _ in range(p.epochs):
-            for rows in order.split(p.batch):
-                self.step(p.x[rows], p.y[rows], p.one_hot[rows])
 
 
 class CompiledGraphedSgd(CompiledSgd):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import SLOPE, AlternatingMethod, Layers, Problem
+from . import SLOPE, Layers, Problem, TorchMethod
 
 
 def sngd_step(active: tuple[Tensor, Tensor], suffix: Sequence[tuple[Tensor, Tensor]], x: Tensor, t: Tensor, lr: float) -> None:
@@ -28,8 +28,10 @@ def sngd_step(active: tuple[Tensor, Tensor], suffix: Sequence[tuple[Tensor, Tens
     bias -= step * grad_bias
 
 
-class PlainSngd(AlternatingMethod):
-    """Eager; in float64 the truth for SNGD."""
+class PlainSngd(TorchMethod):
+    """Eager, the rows of a turn gathered once; in float64 the truth for SNGD."""
+
+    family = "sngd"
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -40,11 +42,15 @@ class PlainSngd(AlternatingMethod):
             h = F.leaky_relu(F.linear(h, w, b), SLOPE)
         return h
 
-    def turn(self, active: int, h: Tensor, y: Tensor, one_hot: Tensor, order: Tensor) -> None:
-        suffix = self.weights[active + 1 :]
-        for _ in range(self.problem.epochs):
-            for rows in order.split(self.problem.batch):
-                self.one_step(self.weights[active], suffix, h[rows], one_hot[rows], self.problem.rate)
+    def round(self, order: Tensor) -> None:
+        p = self.problem
+        for rows in order.split(p.block or len(order)):
+            x, targets = p.x[rows], p.one_hot[rows].split(p.batch)
+            for active in range(p.layers):
+                h = self.forward(self.weights[:active], x).split(p.batch)
+                for _ in range(p.epochs):
+                    for inputs, target in zip(h, targets, strict=True):
+                        self.one_step(self.weights[active], self.weights[active + 1 :], inputs, target, p.rate)
 
     def step(self, x: Tensor, y: Tensor, one_hot: Tensor) -> None:
         self.one_step(self.weights[0], self.weights[1:], x, one_hot, self.problem.rate)
