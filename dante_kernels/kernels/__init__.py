@@ -85,7 +85,7 @@ def sngd_step_(
 
 def sngd_epoch_(*arguments: Any) -> tuple[Tensor, Tensor]:
     """A step for each mini-batch of `batch_size` rows, in the given order, in place: (losses, norms). See `Call`."""
-    return sngd_epochs_([arguments])[0]
+    return _side_by_side([Call(*arguments)])[0]
 
 
 def sngd_epochs_(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
@@ -94,7 +94,10 @@ def sngd_epochs_(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]
     In one launch where the persistent plan serves, or as few as there is room for on the device; else one after the other.
     Each has the bits that it would have alone.
     """
-    group = [Call(*call) for call in calls]
+    return _side_by_side([Call(*call) for call in calls])
+
+
+def _side_by_side(group: list[Call]) -> list[tuple[Tensor, Tensor]]:
     one = group[0]
     most = _most_programs(one.weight)
     shape = plan.Shape(

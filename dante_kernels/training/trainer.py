@@ -209,7 +209,7 @@ class Trainer:
     def _block_launcher(self, phase: Phase, problem: Problem, steps: float) -> Any:
         """What runs all blocks of a round in one launch; None where that cannot be, or is slower."""
         settings, layers = self.settings, [self.network.layers[i] for i in phase.chain]
-        if problem.encoder or len(layers) != 2 or not all(self.network.trainable[i] for i in phase.chain):
+        if phase.encoder or len(layers) != 2 or not all(self.network.trainable[i] for i in phase.chain):
             return None
         return block_launcher(
             layers, problem.x, settings.batch_size, settings.loss, settings.momentum > 0, steps, settings.backend

@@ -146,10 +146,10 @@ def test_twenty_unfair_schedules_give_the_same_bits(case):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_the_paper_s_net_with_its_91_programs():
+def test_the_paper_s_net_with_its_49_programs():
     p = make_problem(seed=8, rows=27, n_in=784, widths=(100, 10))
     how = plan.persistent([784, 100, 10], 20, False, False, 132)
-    assert (how.split_out, how.split_in) == (7, 13)
+    assert (how.split_out, how.split_in) == (7, 7)
     assert_pass_is_right(p, 20, how)
 
 

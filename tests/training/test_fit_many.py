@@ -107,8 +107,9 @@ def test_a_list_holds_an_entry_for_each_model_in_x_and_y_too():
     assert [weights(m).tolist() for m in models] == [weights(m).tolist() for m in twins]
 
 
-def test_models_of_one_device_make_their_passes_together(groups):
+def test_models_of_one_device_make_their_passes_together(groups, monkeypatch):
     """Of four models one has other layers, and one ends early; bits are those of training alone."""
+    monkeypatch.setenv("DANTE_GPU_PLAN", "fused")  # else rounds of short blocks are one launch, with no passes in it
     models = [net(6, 4, 3, seed=0), net(6, 4, 3, seed=1), net(6, 5, 3, seed=2), net(6, 4, 3, seed=3)]
     stop = [None, None, None, lambda history: len(history.rounds) == 1]
     x, y = X[:22], Y[:22]
@@ -120,7 +121,8 @@ def test_models_of_one_device_make_their_passes_together(groups):
 
 
 def test_without_a_joint_kernel_passes_follow_one_another(monkeypatch):
-    monkeypatch.delattr(kernels, "sngd_epochs_", raising=False)
+    monkeypatch.setenv("DANTE_GPU_PLAN", "fused")
+    monkeypatch.delattr(kernels, "sngd_epochs_")
     models = [net(6, 4, 3, seed=i) for i in range(2)]
     schedule = [dk.RoundRobin(rounds=1, finetune_epochs=1), dk.RoundRobin(rounds=2, inner_steps=2)]
     assert_as_alone(models, X[:12], Y[:12], backend="triton", batch_size=5, schedule=schedule)
@@ -273,6 +275,7 @@ def test_a_model_that_fails_does_not_take_the_others_along(backend, groups):
 @pytest.mark.parametrize("how", ["signal", "callback"])
 def test_an_interruption_stops_all_at_the_end_of_a_block(backend, how, monkeypatch):
     """A block is a pass and a half here, and nothing is left off within one."""
+    monkeypatch.setenv("DANTE_GPU_PLAN", "fused")  # else a round of such blocks is one launch
     ends = {}
     original = Trainer._run_block
 
