@@ -29,20 +29,20 @@ inline Vec broadcast(float s) { return s - Vec{}; }
 inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 inline int64_t round_up(int64_t n, int64_t d) { return ceil_div(n, d) * d; }
 
-// Zeroed float32 storage on a cache line's boundary.
+// Float32 storage on a cache line's boundary.
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t size) : size_(size), storage_(static_cast<size_t>(size + 16)) {
-    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
-    data_ = storage_.data() + (round_up(static_cast<int64_t>(address), 64) - static_cast<int64_t>(address)) / 4;
+  explicit Buffer(int64_t size) : size_(size), storage_(new float[static_cast<size_t>(size + 16)]) {
+    const auto address = reinterpret_cast<uintptr_t>(storage_.get());
+    data_ = storage_.get() + (round_up(static_cast<int64_t>(address), 64) - static_cast<int64_t>(address)) / 4;
   }
   float* data() const { return data_; }
   int64_t size() const { return size_; }
 
  private:
   int64_t size_ = 0;
-  std::vector<float> storage_;
+  std::unique_ptr<float[]> storage_;
   float* data_ = nullptr;
 };
 
@@ -55,43 +55,88 @@ struct Panels {
   Panels from(int64_t r) const { return {data + r * row_stride, row_stride, panel_stride}; }
 };
 
-// Row-major (rows, cols) storage. The leading dimension is an odd number of cache lines: at a power of two the rows of
+// Row-major (rows, cols) storage, zero at first. The leading dimension is an odd number of cache lines: at a power of two the rows of
 // a column would all fall into the same few sets of the cache.
 struct Dense {
   int64_t cols = 0, ld = 0;
   Buffer buffer;
 
   Dense() = default;
-  Dense(int64_t rows, int64_t cols) : cols(cols), ld((ceil_div(cols, 16) | 1) * 16), buffer(rows * ld) {}
+  Dense(int64_t rows, int64_t cols) : cols(cols), ld((ceil_div(cols, 16) | 1) * 16), buffer(rows * ld) {
+    std::fill_n(buffer.data(), buffer.size(), 0.0f);
+  }
   float* row(int64_t r) const { return buffer.data() + r * ld; }
   Panels panels() const { return {buffer.data(), ld, kPanel}; }
 };
 
-// A (depth, width) operand packed in contiguous panels.
+// A (depth, width) operand packed in contiguous panels; its last panel, which the columns may not fill, is zero at first.
 struct Packed {
   int64_t depth = 0, width = 0;
   Buffer buffer;
 
   Packed() = default;
-  Packed(int64_t depth, int64_t width) : depth(depth), width(width), buffer(ceil_div(width, kPanel) * depth * panel_width()) {}
+  Packed(int64_t depth, int64_t width) : depth(depth), width(width), buffer(ceil_div(width, kPanel) * depth * panel_width()) {
+    const int64_t last = depth * panel_width();
+    std::fill_n(buffer.data() + buffer.size() - last, last, 0.0f);
+  }
   // A matrix narrower than a panel does not pay for a whole one.
   int64_t panel_width() const { return std::min(kPanel, round_up(width, kLanes)); }
   Panels panels() const { return {buffer.data(), panel_width(), depth * panel_width()}; }
 };
 
-// Calls body(matrix element (k, n), packed element) for all of them, in cache-sized squares.
-template <typename Body>
-void visit_packed(const Packed& packed, float* data, int64_t k_stride, int64_t n_stride, Body body) {
+// Puts element j of vector i, and of vector i + kDistance, where bit kDistance of i and j have changed places.
+template <int kDistance, int... j>
+inline void exchange(Vec* rows, std::integer_sequence<int, j...>) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kDistance) continue;
+    const Vec a = rows[i], b = rows[i + kDistance];
+#ifdef __clang__
+    rows[i] = __builtin_shufflevector(a, b, (j & kDistance ? j - kDistance + kLanes : j)...);
+    rows[i + kDistance] = __builtin_shufflevector(a, b, (j & kDistance ? j + kLanes : j + kDistance)...);
+#else
+    using Lanes __attribute__((vector_size(kLanes * 4))) = int32_t;
+    rows[i] = __builtin_shuffle(a, b, Lanes{(j & kDistance ? j - kDistance + kLanes : j)...});
+    rows[i + kDistance] = __builtin_shuffle(a, b, Lanes{(j & kDistance ? j + kLanes : j + kDistance)...});
+#endif
+  }
+}
+
+// Transposes kLanes vectors in place, bit by bit of the indices.
+template <int kDistance = kLanes / 2>
+inline void transpose(Vec* rows) {
+  exchange<kDistance>(rows, std::make_integer_sequence<int, kLanes>());
+  if constexpr (kDistance > 1) transpose<kDistance / 2>(rows);
+}
+
+// Copies all elements (k, n) of the matrix at `data` to the packed one, or with `kBack` from it, bit for bit.
+template <bool kBack>
+inline void copy(const Packed& packed, float* data, int64_t k_stride, int64_t n_stride) {
   const Panels to = packed.panels();
-  constexpr int64_t kSquare = 16;
-  for (int64_t n0 = 0; n0 < packed.width; n0 += kSquare) {
-    const int64_t n1 = std::min(n0 + kSquare, packed.width);
-    for (int64_t k0 = 0; k0 < packed.depth; k0 += kSquare) {
-      const int64_t k1 = std::min(k0 + kSquare, packed.depth);
-      for (int64_t n = n0; n < n1; ++n) {
-        float* column = to.data + n / kPanel * to.panel_stride + n % kPanel;
-        float* other = data + n * n_stride;
-        for (int64_t k = k0; k < k1; ++k) body(other[k * k_stride], column[k * to.row_stride]);
+  for (int64_t n = 0; n < packed.width; n += kPanel) {
+    for (int64_t k = 0; k < packed.depth; k += kLanes) {
+      const int64_t depth = std::min<int64_t>(kLanes, packed.depth - k);
+      for (int64_t first = n; first < std::min(n + kPanel, packed.width); first += kLanes) {
+        const int64_t width = std::min<int64_t>(kLanes, packed.width - first);
+        float* inside = to.data + n / kPanel * to.panel_stride + k * to.row_stride + first - n;
+        float* outside = data + k * k_stride + first * n_stride;
+        if (k_stride == 1 && depth == kLanes) {
+          Vec rows[kLanes] = {};
+          for (int64_t i = 0; i < (kBack ? kLanes : width); ++i) {
+            rows[i] = load(kBack ? inside + i * to.row_stride : outside + i * n_stride);
+          }
+          transpose(rows);
+          for (int64_t i = 0; i < (kBack ? width : kLanes); ++i) {
+            store(kBack ? outside + i * n_stride : inside + i * to.row_stride, rows[i]);
+          }
+          continue;
+        }
+        for (int64_t i = 0; i < depth; ++i) {
+          for (int64_t j = 0; j < width; ++j) {
+            float& in = inside[i * to.row_stride + j];
+            float& out = outside[i * k_stride + j * n_stride];
+            (kBack ? out : in) = kBack ? in : out;
+          }
+        }
       }
     }
   }
@@ -100,13 +145,13 @@ void visit_packed(const Packed& packed, float* data, int64_t k_stride, int64_t n
 // Packs the (depth, width) matrix at `data`; the columns that fill up the last panel stay zero.
 inline Packed pack(const float* data, int64_t depth, int64_t width, int64_t k_stride, int64_t n_stride) {
   Packed packed(depth, width);
-  visit_packed(packed, const_cast<float*>(data), k_stride, n_stride, [](const float& from, float& to) { to = from; });
+  copy<false>(packed, const_cast<float*>(data), k_stride, n_stride);
   return packed;
 }
 
-// Writes a packed (depth, width) matrix back to `data`, bit for bit.
+// Writes a packed (depth, width) matrix back to `data`.
 inline void unpack(const Packed& packed, float* data, int64_t k_stride, int64_t n_stride) {
-  visit_packed(packed, data, k_stride, n_stride, [](float& to, const float& from) { to = from; });
+  copy<true>(packed, data, k_stride, n_stride);
 }
 
 // What is done with a tile besides C = A B: C += scale A B, and with `squares` the squares of the sums are added to its V

@@ -82,11 +82,13 @@ def sngd_blocks_(
                 table.append((at + start, min(batch_size, len(visited) - start), block.layer, i))
             at += len(visited)
     (weight, bias, activation), last = layers
-    checks.problem(weight, bias, x, target, *flatten([last], activation), losses.code(loss), x_scale)
+    weights, biases, numbers = flatten([last], activation)
+    checks.problem(weight, bias, x, target, weights, biases, numbers, losses.code(loss), x_scale)
     with torch.no_grad():
         lengths = torch.tensor([block.lr for block in blocks], dtype=weight.dtype).to(weight.device, non_blocking=True)
         schedule = torch.tensor(table, dtype=torch.int64).to(weight.device, non_blocking=True)
-        weights, biases, numbers = flatten([last], activation)
+        for layer, velocity in zip(layers, velocities, strict=True):
+            checks.update(*layer[:2], lengths[0], *velocity, momentum, nesterov)
         values, norms = serving.sngd_blocks_(
             [weight, *weights], [bias, *biases], x, target, torch.cat(positions), schedule, batch_size, numbers,
             losses.code(loss), lengths, [v.weight for v in velocities], [v.bias for v in velocities], momentum, nesterov,

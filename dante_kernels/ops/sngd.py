@@ -153,12 +153,11 @@ def sngd_step_(
     (tensor([[0.7000, 0.6000]]), 0.25, 5.0)
     """
     checks.argument_types({"weight": weight, "x": x, "target": target}, {"bias": bias}, {}, {})
-    with torch.no_grad():
-        return _step(
-            weight, bias, x, target, *flatten(suffix, activation), losses.code(loss),
-            *_update(lr, weight, velocity_weight, velocity_bias, momentum, nesterov), checks.number("x_scale", x_scale),
-            backend=checks.backend_name(backend),
-        )  # fmt: skip
+    return _step(
+        weight, bias, x, target, *flatten(suffix, activation), losses.code(loss),
+        *_update(lr, weight, velocity_weight, velocity_bias, momentum, nesterov), checks.number("x_scale", x_scale),
+        backend=checks.backend_name(backend),
+    )  # fmt: skip
 
 
 def sngd_epoch_(
