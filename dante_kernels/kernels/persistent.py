@@ -69,10 +69,19 @@ def persistent(
     MOMENTUM: tl.constexpr = p_velocity_weight is not None
     HAS_NEXT: tl.constexpr = p_next_weight is not None
     ROUNDS: tl.constexpr = p_schedule is not None
-    model = tl.program_id(0) // PROGRAMS
-    program = tl.program_id(0) % PROGRAMS
+    # Numbers of one model, or of one tile, are constants: the compiler would keep others in registers through all steps.
+    model = tl.zeros([], tl.int32)
+    program = tl.program_id(0)
+    if p_offsets is not None:
+        model = program // PROGRAMS
+        program = program % PROGRAMS
     unit_group = program // SPLIT_IN
     input_group = program % SPLIT_IN
+    tiles = tl.full([], 1, tl.int32)
+    if not ONE_TILE:
+        tiles = tl.cdiv(batch, BLOCK_B)
+    z_size = tiles * BLOCK_B * BLOCK_OUT
+    next_size = tiles * BLOCK_B * BLOCK_NEXT
     if p_offsets is not None:
         p_offset = p_offsets + model * POINTERS
         p_weight += tl.load(p_offset)
@@ -93,21 +102,14 @@ def persistent(
             p_next_weight += tl.load(p_offset + 7)
             if p_next_bias is not None:
                 p_next_bias += tl.load(p_offset + 8)
-            if MOMENTUM and ROUNDS:
-                p_next_velocity_weight += tl.load(p_offset + 9)
-                if p_next_bias is not None:
-                    p_next_velocity_bias += tl.load(p_offset + 10)
-    tiles = tl.cdiv(batch, BLOCK_B)
-    z_size = tiles * BLOCK_B * BLOCK_OUT
-    next_size = tiles * BLOCK_B * BLOCK_NEXT
+        if p_next_z is not None:
+            p_next_z += model.to(tl.int64) * SPLIT_OUT * next_size
+        if PROGRAMS > 1:
+            p_sums += model * (5 * PROGRAMS)
+            p_counter += model * SPACING
     if p_z is not None:
         # A unit group's slices, and after them their sum.
         p_z += (model * SPLIT_OUT + unit_group).to(tl.int64) * (SPLIT_IN + 1) * z_size
-    if p_next_z is not None:
-        p_next_z += model.to(tl.int64) * SPLIT_OUT * next_size
-    if PROGRAMS > 1:
-        p_sums += model * (5 * PROGRAMS)
-        p_counter += model * SPACING
 
     local_row = tl.arange(0, BLOCK_B)
     local_unit = tl.arange(0, BLOCK_OUT)

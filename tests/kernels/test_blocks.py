@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from interleave import interleaved
 from support import LOSSES, Problem, assert_error_rule, make_problem
-from test_persistent import poisoned_scratch, tiles  # noqa: F401 - the fixture is for every test here
+from test_persistent import MEET, ONLY_ARRIVE, ends, mutant, poisoned_scratch, tiles  # noqa: F401 - a fixture for all
 
 from dante_kernels import kernels, losses, reference
+from dante_kernels.kernels import barrier
 from dante_kernels.ops.layer import flatten
 
 # layer, number of steps; the second and third blocks go on where the last block of their layer stopped
@@ -97,6 +100,33 @@ def test_twenty_unfair_schedules_give_the_same_bits(shape):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+# What blocks must not do without, as in test_persistent.py, and settings that need it.
+BLOCK_MUTANTS = {
+    "rates that are not relative": ("if RELATIVE:\n", 0, "if False:\n", {"relative": True}),
+    "no wait for the sums of a relative rate": (MEET, 0, ONLY_ARRIVE, {"relative": True}),
+    "no barrier for the sums of a relative rate": (MEET, 0, "pass\n", {"relative": True}),
+    "velocities that are kept": ("if RESET:\n", 0, "if False:\n", {"momentum": 0.5, "reset": True}),
+    "the first block's rate for all": ("lr = tl.load(p_lr + block)", 0, "lr = tl.load(p_lr)", {}),
+    "steps of the hidden layer alone": ("now = moves & (acted == 1)", 0, "now = moves & (acted == 2)", {}),
+}
+
+
+@pytest.mark.parametrize("name", BLOCK_MUTANTS)
+def test_the_schedules_see_what_blocks_lack(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("interleave.TURNS", 5000)
+    old, nth, new, settings = BLOCK_MUTANTS[name]
+    changed = functools.partial(kernels.one_launch.run, kernel=mutant(tmp_path, old, nth, new).persistent)
+    p, order, table = make_problem(seed=21, rows=50, n_in=70, widths=(37, 10)), torch.arange(100) % 50, schedule(50, 20)
+    right = run(p.clone(), 20, order, table, **settings)
+    monkeypatch.setattr(kernels.one_launch, "run", changed)
+    for seed in range(10):
+        barrier._counters.clear()
+        got = []
+        ended = ends(lambda seed=seed, got=got: got.extend(run(p.clone(), 20, order, table, seed, **settings)))
+        assert not (ended and all(torch.equal(a, b) for a, b in zip(got, right, strict=True)))
+    barrier._counters.clear()
+
+
 def test_a_step_that_must_not_move_moves_nothing():
     p = make_problem(seed=22, rows=50, n_in=70, widths=(20, 3), class_indices=True)
     table, order = schedule(50, 20), torch.arange(100) % 50
@@ -141,3 +171,23 @@ def test_models_side_by_side_have_the_bits_of_each_alone(shape, momentum, monkey
         assert torch.equal(p.bias, q.bias)
         assert torch.equal(torch.cat(ours), torch.cat(theirs))
         assert not momentum or torch.equal(call[11], other[11])
+
+
+@pytest.mark.parametrize("what", ["p_counter += model * SPACING", "p_sums += model", "p_next_z += model", "p_z += (model *"])
+def test_the_schedules_see_models_that_share_what_is_each_ones_own(what, tmp_path, monkeypatch):
+    monkeypatch.setattr("interleave.TURNS", 5000)
+    monkeypatch.setattr(kernels, "_most_programs", lambda tensor: 20)
+    changed = mutant(tmp_path, what, 0, what.replace("model", "0 * model"))
+    problems = [make_problem(seed=s, rows=50, n_in=150, widths=(37, 10), class_indices=False) for s in (25, 27)]
+    right = [p.clone() for p in problems]
+    with interleaved(0) as grids:
+        kernels.sngd_epochs_(list(calls_of(right, 40, 0.0)))
+    assert len(grids) == 1
+    monkeypatch.setattr(kernels.one_launch, "run", functools.partial(kernels.one_launch.run, kernel=changed.persistent))
+    for seed in range(10):
+        barrier._counters.clear()
+        got = [p.clone() for p in problems]
+        with interleaved(seed):
+            ended = ends(lambda got=got: kernels.sngd_epochs_(list(calls_of(got, 40, 0.0))))
+        assert not (ended and all(torch.equal(p.weight, q.weight) for p, q in zip(got, right, strict=True)))
+    barrier._counters.clear()

@@ -51,11 +51,13 @@ def test_all_capabilities_are_compiled(compiled: list[dict]) -> None:
     assert {e["capability"] for e in compiled} == set(SHARED_LIMIT)
 
 
-def test_nothing_spills(compiled: list[dict]) -> None:
-    """But for a few words of the persistent kernel: addresses that only its end needs, and a scalar or two in its loops."""
-    allowed = {True: (32, 4), False: (0, 0)}  # bytes of stack, accesses in loops
-    assert not offenders(compiled, lambda e: (e["stack"], e["spills"]) > allowed["persistent" in e["kernel"]])
-    assert not offenders(compiled, lambda e: e["spills"] > allowed["persistent" in e["kernel"]][1])
+def test_nothing_spills_in_a_step(compiled: list[dict]) -> None:
+    """But for one specialization for sm_100, which has three accesses to a word of its stack in its loops."""
+    assert not offenders(compiled, lambda e: e["spills"] > (3 if "persistent" in e["kernel"] and e["capability"] == 100 else 0))
+
+
+def test_the_stack_holds_nothing_but_addresses_that_only_a_persistent_kernels_end_needs(compiled: list[dict]) -> None:
+    assert not offenders(compiled, lambda e: e["stack"] > (16 if "persistent" in e["kernel"] else 0))
 
 
 def test_a_spill_in_a_loop_is_seen() -> None:

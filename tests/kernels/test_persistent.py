@@ -6,9 +6,11 @@ half of the exchange buffer the same schedules give wrong weights, and the tests
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -228,16 +230,21 @@ def mutant(tmp_path: Path, old: str, nth: int, new: str) -> ModuleType:
     return module
 
 
-def passes_unseen(p: Problem, batch: int, seed: int, module: ModuleType, right: torch.Tensor) -> bool:
-    """Whether a changed kernel comes to its end with the right bits."""
-    barrier._counters.clear()
+def ends(launch: Callable[[], object]) -> bool:
+    """Whether a changed kernel comes to its end."""
     try:
-        run(p, batch, tiles(p, batch), seed=seed, module=module)
+        launch()
     except (Deadlock, triton.runtime.errors.InterpreterError) as error:
         if "Deadlock" not in repr(error):
             raise
         return False
-    return torch.equal(p.weight, right)
+    return True
+
+
+def passes_unseen(p: Problem, batch: int, seed: int, module: ModuleType, right: torch.Tensor) -> bool:
+    """Whether a changed kernel comes to its end with the right bits."""
+    barrier._counters.clear()
+    return ends(lambda: run(p, batch, tiles(p, batch), seed=seed, module=module)) and torch.equal(p.weight, right)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -249,6 +256,22 @@ def test_the_schedules_see_what_is_missing(name, tmp_path, monkeypatch):
     right = p.clone()
     run(right, batch, tiles(p, batch))
     assert not any(passes_unseen(p.clone(), batch, seed, module, right.weight) for seed in range(10))
+    barrier._counters.clear()
+
+
+def test_a_launch_goes_on_from_the_sign_that_the_last_one_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("interleave.TURNS", 3000)
+    module = mutant(tmp_path, "sense = tl.load(p_counter, volatile=True)\n", 0, "pass\n")
+    p = make_problem(seed=11, rows=10, n_in=30, widths=(40,))
+    for seed in range(10):
+        barrier._counters.clear()
+        problems = [p.clone() for _ in range(4)]
+        for q, kernel in zip(problems, (persistent, persistent, persistent, module), strict=True):
+            (counter,) = list(barrier._counters.values()) or [torch.zeros(1)]
+            assert (counter[0] < 0) == (q is problems[1] or q is problems[3])  # one barrier a launch turns it
+            ended = ends(functools.partial(run, q, 10, tiles(p, 10), seed=seed, module=kernel))
+        assert torch.equal(problems[0].weight, problems[1].weight)
+        assert not (ended and torch.equal(problems[0].weight, problems[3].weight))
     barrier._counters.clear()
 
 
