@@ -72,6 +72,8 @@ def main(arguments: list[str]) -> int:
         p.error("expected kinds, --scaling, --against or --plot, got more than one of them")
     if a.pictures and importlib.util.find_spec("matplotlib") is None:
         p.error('--pictures: needs matplotlib: pip install "dante_kernels[bench]"')
+    if a.pictures and (a.scaling or a.kinds == ["step"]):
+        p.error("--pictures: expected pass or quality among what is measured, which they are of")
     if a.plot:
         if not a.pictures:
             p.error("--plot: goes with --pictures DIR")

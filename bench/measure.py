@@ -31,7 +31,9 @@ TOLERANCE = {"highest": 1e-3, "high": 0.05, "medium": 0.3}
 TRIES = 3
 # After all that is timed, where flips are common (they were seen to move right results by 4 %, scikit-learn's by 15 %), its
 # weights must be this near, its loss must have gone as far as that of float64, to this part, and a pass must be nearer to the
-# float64 result than to that without the last tenth of the rows, which is only about a tenth of the way from it.
+# float64 result than to that without the last tenth of the rows, which is only about a tenth of the way from it. A flip that
+# grows from step to step (batches of 1, RMSProp) moves right weights by more than a third, so no method is held to more than
+# twice the error of the family's plain composition in float32.
 END_TOLERANCE = 0.2
 
 
@@ -101,6 +103,7 @@ class Truths:
         self.kind, self.problem, self.order = kind, problem, order
         self.layers_after = functools.cache(self._layers_after)
         self.losses = functools.cache(self._losses)
+        self.error_of_plain = functools.cache(self._error_of_plain)
 
     def run(self, method: Method, part: int | str | None) -> Layers:
         """The method's weights after the part of that number, after all but the last tenth ("most"), or after everything."""
@@ -115,7 +118,14 @@ class Truths:
         return method.layers()
 
     def _layers_after(self, family: str, part: int | str | None) -> Layers:
-        return self.run(workloads.truth(family, replace(self.problem, rate=workloads.timing_rate(family))), part)
+        return self.run(self._plain(family, self.problem.double()), part)
+
+    def _plain(self, family: str, problem: Problem) -> Method:
+        return workloads.plain(family, replace(problem, rate=workloads.timing_rate(family)))
+
+    def _error_of_plain(self, family: str) -> float:
+        """How far the family's plain composition is from the truth after everything, in the precision that is timed."""
+        return error_of(self.run(self._plain(family, self.problem), None), self.layers_after(family, None), self.problem.start)
 
     def _losses(self, family: str) -> tuple[float, float]:
         """(at the start, after everything)."""
@@ -168,6 +178,8 @@ def checked(place: str, truths: Truths) -> tuple[Row, Method | None]:
         return failed(failure), None
     row: Row = {"status": "timed", "error": error, "rate": method.problem.rate}
     end_tolerance = max(END_TOLERANCE, tolerance())
+    if end_error > end_tolerance:
+        end_tolerance = max(end_tolerance, 2 * truths.error_of_plain(method.family))
     if not (error <= tolerance() and end_error <= end_tolerance and loss_error <= END_TOLERANCE and whole):
         tail = "" if whole else ", and more like a run without the last rows"
         note = (

@@ -88,7 +88,7 @@ JOINT = {  # these train all layers at once
     "scikit-learn MLP": "sklearn_mlp:Mlp",
 }
 METHODS = ALTERNATING | JOINT
-TRUTHS = {  # family: its plainest form, to be run in float64
+PLAIN = {  # family: its plain composition in torch
     "sngd": "torch_plain:PlainSngd",
     "sgd": "torch_autograd:Autograd",
     "momentum": "torch_autograd:PlainMomentum",
@@ -143,9 +143,9 @@ def make(place: str, problem: Problem) -> Method:
     return method(replace(problem, rate=timing_rate(method.family)))
 
 
-def truth(family: str, problem: Problem) -> Method:
-    """The family's method in float64, at the problem's own rate."""
-    return method_class(TRUTHS[family])(problem.double())
+def plain(family: str, problem: Problem) -> Method:
+    """The family's plain composition in torch, at the problem's own rate; in float64 it is the truth."""
+    return method_class(PLAIN[family])(problem)
 
 
 def random_problem(workload: Workload, device: torch.device) -> tuple[Problem, Tensor]:

@@ -7,6 +7,7 @@ after the other, for SGD and its kin all at once, so that rounds are equal in we
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -59,7 +60,7 @@ class Problem:
         return [self.x.shape[1], *(len(b) for _, b in self.start)]
 
 
-class Method:
+class Method(abc.ABC):
     """One way to train. A subclass is built for a problem, or raises NotHere, and then reset and run many times.
 
     `family` names the mathematics: methods of a family give the same weights, and share the float64 truth and the grid
@@ -71,28 +72,28 @@ class Method:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
+    @abc.abstractmethod
     def reset(self) -> None:
         """Back to the problem's start; nothing of an earlier run is left. Not timed."""
-        raise NotImplementedError
 
     def prepare(self, *inputs: Tensor) -> Sequence[Any]:
         """What `round` or `step` will be given, as the method takes it. Not timed."""
         return inputs
 
+    @abc.abstractmethod
     def round(self, order: Tensor) -> None:
         """Train on the prepared order of rows, as the problem says; it may return before that is done."""
-        raise NotImplementedError
 
     def step(self, x: Tensor, y: Tensor, one_hot: Tensor) -> None:
         """One mini-batch: SNGD on the first layer, SGD on all of them."""
         raise NotHere("it has no single step")
 
-    def wait(self) -> None:
+    def wait(self) -> None:  # noqa: B027 - most have nothing to wait for
         """Until all that was asked for is done."""
 
+    @abc.abstractmethod
     def layers(self) -> Layers:
         """The weights as torch's tensors."""
-        raise NotImplementedError
 
 
 class TorchMethod(Method):

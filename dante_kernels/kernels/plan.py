@@ -26,6 +26,7 @@ __all__ = [
     "Device",
     "Persistent",
     "Shape",
+    "blocks",
     "choose",
     "device_of",
     "persistent",
@@ -122,15 +123,17 @@ def blocks(
 ) -> Persistent | None:
     """The tiles with which blocks of `steps` steps, of two layers in turn, run in one launch, or None where that is slower.
 
-    There a step of either layer takes what the hidden one's takes, but a block costs nothing beside its steps.
+    There a step of either layer takes what the hidden one's takes, but a block costs nothing beside its steps, neither on the
+    device nor in Python.
     """
     if len(widths) != 3:
         return None
-    hidden = persistent(widths, batch, cross_entropy, momentum, most_programs, device, both=True)
-    last = persistent(widths[1:], batch, cross_entropy, momentum, most_programs, device)
-    if hidden is None or (last is not None and steps * (hidden.microseconds - last.microseconds) > 2 * device.block):
-        return None
-    return hidden
+    both = persistent(widths, batch, cross_entropy, momentum, most_programs, device, both=True)
+    alone = [persistent(widths[i:], batch, cross_entropy, momentum, most_programs, device) for i in range(2)]
+    if both is None or None in alone:
+        return both
+    in_turn = steps * sum(tiles.microseconds for tiles in alone if tiles) + 2 * device.block
+    return both if 2 * steps * both.microseconds < max(in_turn, 2 * device.host_block) else None
 
 
 # The plans that a pass may be given; `kernels.sngd_epochs_` runs them.

@@ -1,0 +1,114 @@
+"""The command `dante bench`: what it measures, leaves behind, and says of mistakes."""
+
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from test_bench_rows import a_row
+
+from bench import app, report, workloads
+from bench.workloads import OURS
+from dante_kernels import cli_bench
+
+ROOT = pathlib.Path(__file__).parent.parent
+LINUX = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="binds processes to cores")
+
+
+@LINUX
+def test_a_whole_name_is_that_method_alone_and_a_part_is_many(tmp_path):
+    command = [sys.executable, "-m", "bench", "pass", "--quick", "--methods", "torch SGD; JAX", "--output", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = tmp_path.glob("*-quick.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["method"] for row in rows] == [OURS, "JAX scan SNGD", "torch SGD", "JAX scan SGD"]
+    assert all(row["bandwidth"] > 0 for row in rows)
+    assert rows[0]["commit"] in done.stdout
+
+
+@LINUX
+def test_quick_measures_everything_and_leaves_rows_and_pictures(tmp_path):
+    arguments = ["step", "pass", "quality", "--quick", "--output", tmp_path / "rows", "--pictures", tmp_path / "pictures"]
+    command = [sys.executable, "-m", "bench", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "pass: 20-16-10, batch 10, every layer, 1 thread" in done.stdout
+    (path,) = (tmp_path / "rows").glob("*.json")
+    results = json.loads(path.read_text())
+    found = {(row["kind"], row["method"]): report.complete(row) for row in results["rows"]}
+    methods = [name for name in workloads.METHODS if "compile" not in name]
+    assert found.keys() == set(itertools.product(("step", "pass", "quality"), methods))
+    assert {found[kind, "torch SGD"]["status"] for kind in ("step", "pass", "quality")} == {"timed"}
+    assert all(len(curve["points"]) == 2 for curve in results["curves"])
+    drawn = {p.name: p.read_bytes()[:4] for p in (tmp_path / "pictures").iterdir()}
+    assert drawn.keys() == {f"bench-{name}.{suffix}" for name in ("ratio", "loss") for suffix in ("png", "svg")}
+    assert drawn["bench-ratio.png"] == b"\x89PNG"
+
+
+def test_the_operators_micro_benchmarks_run():
+    command = [sys.executable, "-m", "pytest", "bench/test_operators.py", "--benchmark-disable", "-k", "64-100-10-b20"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_rows_measured_before_a_failure_are_written(monkeypatch, tmp_path, capsys):
+    def child(settings):
+        yield {"row": a_row(method="torch SGD")}
+        raise SystemExit(3)
+
+    monkeypatch.setattr(app, "child", child)
+    with pytest.raises(SystemExit):
+        app.main(["pass", "--output", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    assert len(json.loads(path.read_text())["rows"]) == 1
+    assert path.name == "bench-pass-cpu-2026-01-01-abc.json"
+
+
+def test_it_is_a_failure_where_dante_itself_has_no_row(monkeypatch, tmp_path, capsys):
+    for method, status in (("torch SGD", 1), (OURS, 0)):
+        monkeypatch.setattr(app, "child", lambda settings, m=method: [{"row": a_row(method=m)}])
+        assert app.main(["pass", "--output", str(tmp_path)]) == status
+        assert ("dante itself could not be measured" in capsys.readouterr().err) == bool(status)
+
+
+def test_dante_bench_hands_its_arguments_over(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli_bench.run(["--help"])
+    assert caught.value.code == 0
+    assert "--against COMMIT" in capsys.readouterr().out
+
+
+def test_dante_bench_without_a_checkout_says_what_to_do(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli_bench, "__file__", str(tmp_path / "site-packages" / "dante_kernels" / "cli_bench.py"))
+    monkeypatch.chdir(tmp_path)
+    assert cli_bench.run([]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("dante: bench: the benchmarks are part of a checkout")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("sprint", "KIND: expected step, pass or quality, got 'sprint'"),
+        ("step --scaling", "expected kinds, --scaling, --against or --plot"),
+        ("--plot x.json", "--plot: goes with --pictures"),
+        ("--repeats 1", "--repeats: expected at least 2, got 1"),
+        ("--threads 99999", "--threads: expected 1 to"),
+        ("--device foo", "--device: expected auto, cpu or cuda, got 'foo'"),
+        ("--methods nosuch", "got 'nosuch'"),
+        ("--against HEAD --methods JAX --threads 1 1", "--against: does not go with --methods, --threads"),
+        ("--scaling --pictures x", "--pictures: expected pass or quality"),
+        ("--plot nosuch.json --pictures x", "--plot: expected a JSON file of these benchmarks, got 'nosuch.json'"),
+        (f"--plot {__file__} --pictures x", "--plot: expected a JSON file"),
+    ],
+)
+def test_a_mistake_is_named(capsys, arguments, says):
+    with pytest.raises(SystemExit) as caught:
+        cli_bench.run(arguments.split())
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err
