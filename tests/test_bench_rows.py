@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import pathlib
+import re
 import subprocess
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ from bench import limits, quality, report, scaling, workloads
 from bench.peers import torch_plain
 from bench.workloads import OURS, Workload
 
+ROOT = pathlib.Path(__file__).parent.parent
 CPU = torch.device("cpu")
 KNOWN = limits.Limits(peak=1e11, bandwidth=1e10)
 SMALL = Workload((12, 8, 4), batch=5, trained=2, rows=40)
@@ -191,3 +194,23 @@ def test_exponents_are_fitted_to_the_upper_half_and_superlinear_rows_are_named()
     slow = {"net": "2-3", "method": OURS, "work": "rows 1000", "exponent": 1.5}
     assert scaling.superlinear([slow]) == ["2-3: the cost grows with the rows' power 1.50"]
     assert scaling.superlinear([slow | {"exponent": 1.02}, slow | {"work": "depth 8"}]) == []
+
+
+def test_the_documented_tables_are_the_measured_rows():
+    """Each ratio of a peer in docs/performance.md, for 1 / 2 threads, is one of bench/results, and marked where it is noisy."""
+    rows = {}
+    for path in (ROOT / "bench" / "results").glob("bench-*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            rows[row["net"], str(row["batch"]), row["work"], row["threads"], row["method"]] = row
+    text, compared = (ROOT / "docs" / "performance.md").read_text(), 0
+    for table in re.findall(r"^\| net \|.*?\n\n", text, re.MULTILINE | re.DOTALL):
+        header, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().split("\n"))
+        for net, batch, work, rate, limit, *ratios in lines:
+            measured = [[rows[net, batch, work, threads, name] for threads in (1, 2)] for name in ["dante", *header[5:]]]
+            stars = ["*" if row["noisy"] else "" for row in measured[0]]
+            assert rate == " / ".join(f"{r['samples_per_second']:,.0f}{s}" for r, s in zip(measured[0], stars, strict=True))
+            assert limit == " / ".join(f"{100 * row['limit_fraction']:.0f} %" for row in measured[0])
+            for ratio, pair in zip(ratios, measured[1:], strict=True):
+                assert ratio == " / ".join(f"{row['ratio']:.2f}{'*' * row['noisy']}" for row in pair)
+                compared += 1
+    assert compared == 8 * 3 + 3 * 6 + 4 * 5

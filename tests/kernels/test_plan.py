@@ -213,3 +213,17 @@ def test_the_table_in_the_docs_is_what_the_model_says():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert "\n".join(script.lines()) in (ROOT / "docs" / "plans.md").read_text(), "run python bench/plan_table.py"
+
+
+def test_blocks_are_one_launch_while_that_is_faster_than_python_and_the_device_block_by_block():
+    def longest(batch: int, device: plan.Device = H200) -> int:
+        chosen = [plan.blocks([784, 100, 10], batch, False, False, steps, 132, device) is not None for steps in range(1, 2000)]
+        assert chosen == sorted(chosen, reverse=True)  # short blocks, and no long ones
+        return sum(chosen)
+
+    text = " ".join((ROOT / "docs" / "plans.md").read_text().split())
+    assert f"up to {longest(20)} steps a block at batch 20, and {longest(100)} at batch 100" in text
+    by_the_device = H200._replace(host_block=0.0)
+    assert 0 < longest(20, by_the_device) < longest(20)
+    assert longest(20, by_the_device._replace(block=0.0)) == 0
+    assert plan.blocks([784, 100, 100, 10], 20, False, False, 20, 132) is None
