@@ -30,11 +30,15 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser("dante bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("kinds", nargs="*", metavar="KIND", help="step, pass, quality; step and pass where none is named")
-    p.add_argument("--quick", action="store_true", help="tiny sizes, to see that all of it works; torch.compile is left out")
+    p.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes, few repeats and a low target, to see that all of it works; no torch.compile",
+    )
     p.add_argument("--scaling", action="store_true", help="cost against width, mini-batch, depth and rows, instead of kinds")
     p.add_argument("--against", metavar="COMMIT", help="compare with that commit, instead of with peers; status 1 where slower")
     p.add_argument("--plot", type=Path, metavar="FILE", help="only draw the pictures of a JSON file, into --pictures")
-    p.add_argument("--pictures", type=Path, metavar="DIR", help="draw the pictures there too, PNG and SVG")
+    p.add_argument("--pictures", type=Path, metavar="DIR", help="draw pictures of pass and quality there, PNG and SVG")
     p.add_argument("--output", type=Path, metavar="DIR", default=ROOT / "bench" / "results", help="default: bench/results")
     p.add_argument("--methods", metavar="TEXT", help="only methods with one of these texts, separated by ;, and dante")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
@@ -64,7 +68,7 @@ def main(arguments: list[str]) -> int:
     unknown = [kind for kind in a.kinds if kind not in KINDS]
     if unknown:
         p.error(f"KIND: expected step, pass or quality, got {unknown[0]!r}")
-    ignored = [f"--{name}" for name in ("pictures", "methods", "data_dir", "target") if getattr(a, name)]
+    ignored = [f"--{name}" for name in ("pictures", "methods", "data_dir", "target") if getattr(a, name) is not None]
     ignored += ["--threads with more than one number"] * (len(a.threads) > 1)
     if a.against and ignored:
         p.error(f"--against: does not go with {', '.join(ignored).replace('_', '-')}")
@@ -85,6 +89,8 @@ def main(arguments: list[str]) -> int:
         return draw({"rows": rows, "curves": curves}, a.pictures)
     if a.repeats < 2:
         p.error(f"--repeats: expected at least 2, got {a.repeats}")
+    if a.target is not None and not 0 < a.target <= 1:
+        p.error(f"--target: expected an accuracy above 0 and at most 1, such as 0.97, got {a.target:g}")
     if a.rows < 1 or a.rounds < 1:
         p.error("--rows, --rounds: expected at least 1")
     strangers = [text for text in texts_of(a.methods) if not any(text in name for name in workloads.METHODS)]

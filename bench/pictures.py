@@ -87,7 +87,7 @@ def ratios(rows: list[Row]) -> Any:
 
 
 def losses(curves: list[Row], where: str) -> Any:
-    """Test loss against weights updated, as the papers plot it, and against seconds; MSE only."""
+    """Test loss against weights updated, as the papers plot it, and against seconds; not of scikit-learn."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -106,6 +106,6 @@ def losses(curves: list[Row], where: str) -> Any:
     right.set(xlabel="seconds of training", xscale="log")
     left.legend(fontsize=7)
     right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(f"{curves[0]['data']}, {curves[0]['net']}, each family at its best rate", fontsize=10)
+    figure.suptitle(f"{curves[0]['data']}, {curves[0]['net']}, each family at its best rate, first seed", fontsize=10)
     figure.supxlabel(where, fontsize=8)
     return figure

@@ -101,6 +101,8 @@ def test_dante_bench_without_a_checkout_says_what_to_do(monkeypatch, tmp_path, c
         ("--threads 99999", "--threads: expected 1 to"),
         ("--device foo", "--device: expected auto, cpu or cuda, got 'foo'"),
         ("--methods nosuch", "got 'nosuch'"),
+        ("quality --target 97", "--target: expected an accuracy above 0 and at most 1, such as 0.97, got 97"),
+        ("quality --target 0", "--target: expected an accuracy above 0"),
         ("--against HEAD --methods JAX --threads 1 1", "--against: does not go with --methods, --threads"),
         ("--scaling --pictures x", "--pictures: expected pass or quality"),
         ("--plot nosuch.json --pictures x", "--plot: expected a JSON file of these benchmarks, got 'nosuch.json'"),

@@ -191,9 +191,10 @@ def test_exponents_are_fitted_to_the_upper_half_and_superlinear_rows_are_named()
     assert scaling.exponent([1, 10, 100, 1000], [5.0, 5.0, 7.0, 7e2]) == pytest.approx(2)
     rows = list(scaling.study(CPU, ["torch SGD, foreach"], 2, True, KNOWN))
     assert [row["work"] for row in rows if row.get("exponent") is not None] == ["width 32", "batch 100", "depth 2", "rows 200"]
-    slow = {"net": "2-3", "method": OURS, "work": "rows 1000", "exponent": 1.5}
+    slow = {"net": "2-3", "method": OURS, "work": "rows 1000", "exponent": 1.5, "noisy": False}
     assert scaling.superlinear([slow]) == ["2-3: the cost grows with the rows' power 1.50"]
     assert scaling.superlinear([slow | {"exponent": 1.02}, slow | {"work": "depth 8"}]) == []
+    assert scaling.superlinear([slow, slow | {"work": "rows 10", "exponent": None, "noisy": True}]) == []
 
 
 def test_the_documented_tables_are_the_measured_rows():
@@ -214,3 +215,10 @@ def test_the_documented_tables_are_the_measured_rows():
                 assert ratio == " / ".join(f"{row['ratio']:.2f}{'*' * row['noisy']}" for row in pair)
                 compared += 1
     assert compared == 8 * 3 + 3 * 6 + 4 * 5
+    scaling_rows = {(row["work"], row["method"]): row for row in rows.values() if row["kind"] == "scaling"}
+    *_, table = re.findall(r"^\| cost against \|.*?\n\n", text, re.MULTILINE | re.DOTALL)
+    header, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().split("\n"))
+    for work, ours, *ratios in lines:
+        assert float(ours.replace(",", "")) == pytest.approx(1000 * scaling_rows[work, OURS]["median"], rel=6e-3)
+        assert ratios == [f"{scaling_rows[work, name]['ratio']:.2f}" for name in header[2:]]
+    assert len(lines) == sum(len(values) for values, *_ in scaling.AXES.values())
