@@ -84,10 +84,15 @@ def train(
     inner_epochs: Annotated[float, typer.Option(help="passes of a layer over the data in a round")] = 1.0,
     inner_steps: Annotated[int | None, typer.Option(help="the layers take turns of so many mini-batches")] = None,
     batch_size: Annotated[int | None, typer.Option(help="rows in a mini-batch", show_default="20 for digits, else 100")] = None,
-    lr: Annotated[float, typer.Option(help="learning rate: the length of a step in weight space")] = 0.2,
+    lr: Annotated[
+        float, typer.Option(help="learning rate: the length of a step in weight space, or torch's own with its optimizers")
+    ] = 0.2,
     lr_schedule: Annotated[str, typer.Option(help="constant or cosine")] = "cosine",
     relative_lr: Annotated[bool, typer.Option("--relative-lr", help="step length is lr times the layer's norm")] = False,
     momentum: Annotated[float, typer.Option(help="momentum, from 0 to below 1")] = 0.0,
+    direction: Annotated[
+        str, typer.Option(help="sngd, nesterov, or one of torch's optimizers: sgd, adam, adagrad, rmsprop")
+    ] = "sngd",
     schedule: Annotated[str, typer.Option(help="round-robin, or alternating for one hidden layer")] = "round-robin",
     seed: Annotated[int, typer.Option(help="of the initial weights and of the shuffling")] = 0,
     backend: Annotated[str, typer.Option(help="auto, reference, cpp or triton")] = "auto",
@@ -117,6 +122,7 @@ def train(
         _expect(lr_schedule in LR_SCHEDULES, "--lr-schedule", " or ".join(LR_SCHEDULES), lr_schedule)
         _expect(batch >= 1, "--batch-size", "at least 1", batch)
         _expect(0 <= momentum < 1, "--momentum", "a number from 0 to below 1", momentum)
+        _check_direction(direction, momentum)
         _expect(0 <= seed < 2**63, "--seed", "a number from 0 to 2^63 - 1", seed)
         schedule_settings = {"rounds": rounds, "inner_epochs": inner_epochs, "inner_steps": inner_steps}
         turns = _schedule(schedule, schedule_settings, len(widths))
@@ -136,7 +142,7 @@ def train(
         last = between if loss == "mse" else None
         model = _build(widths, between, last, seed, bias=not no_bias)
         steps = {"lr": lr, "lr_schedule": lr_schedule, "relative_lr": relative_lr, "batch_size": batch, "momentum": momentum}
-        settings = {"loss": loss, **steps, "seed": seed, "backend": backend}
+        settings = {"loss": loss, **steps, "direction": direction, "seed": seed, "backend": backend}
         shape = "-".join(map(str, widths))
         if not quiet:
             rows = f"{len(split.x_train):,} training and {len(split.x_test):,} test rows"
@@ -276,6 +282,15 @@ def _schedule(name: str, settings: dict[str, Any], hidden: int) -> Schedule:
         raise UsageError(f"--schedule: alternating trains one hidden layer, but --hidden has {hidden}; choose round-robin")
     try:
         return (dk.Alternating if name == "alternating" else dk.RoundRobin)(**settings)
+    except ValueError as error:
+        raise UsageError(_naming_the_option(str(error))) from error
+
+
+def _check_direction(direction: str, momentum: float) -> None:
+    from .training import directions
+
+    try:
+        directions.check(direction, momentum)
     except ValueError as error:
         raise UsageError(_naming_the_option(str(error))) from error
 

@@ -91,7 +91,8 @@ def explain(
     """Say which GPU plan each layer of a model gets when it is trained, why, and what it takes by the cost model.
 
     Nothing is run, and no time in it is measured. Where the device is no CUDA device, the plans are those of an H200.
-    The environment variable DANTE_GPU_PLAN is heeded.
+    The environment variable DANTE_GPU_PLAN is heeded. Plans are for passes of SNGD; other directions of
+    `fit` go through `ops.layer_gradient`, whose launches do not depend on them.
 
     Args:
         model: as for `fit`; not changed. Weights on the meta device will do.

@@ -18,12 +18,12 @@ from ..network import Network
 from ..ops import backends
 from ..ops.checks import backend_name, number, scale
 from . import checkpoint as checkpoints
+from . import directions
 from .history import History
 from .run import Run
 from .schedules import RoundRobin, Schedule
 from .trainer import Callback, LearningRate, Settings
 
-DIRECTIONS = ("sngd", "nesterov")
 LR_SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("highest", "high", "medium")
 
@@ -71,14 +71,20 @@ def fit(
             ``"binary_cross_entropy"`` (logits, or a last nn.Sigmoid); means as in torch.
         schedule: `Alternating`, `RoundRobin` or `StackedAutoencoder`; RoundRobin(rounds=12) where none is given.
         lr: the length of a step in weight space: a number, one per layer, or a callable that gives either for a round
-            (from 0, within its phase). Callables are called for all rounds before training starts.
-        relative_lr: the step's length is lr times the Frobenius norm of the layer (weight and bias) at its block's start.
+            (from 0, within its phase). Callables are called for all rounds before training starts. With a direction of
+            torch's optimizers it is theirs, for which other numbers are good: 0.001 is usual for Adam.
+        relative_lr: lr is multiplied with the Frobenius norm of the layer (weight and bias) at its block's start.
         lr_schedule: ``"constant"``; ``"cosine"``, which multiplies lr in round r of R by (1 + cos(pi r / R)) / 2; or a
             callable of (r, R) that gives the factor.
         batch_size: rows in a mini-batch; the last of a pass may be shorter.
         momentum: mu, from 0 to below 1. A layer's velocity is kept from block to block.
-        reset_momentum: start every block with zero velocity.
-        direction: ``"sngd"``, or ``"nesterov"`` for Nesterov's momentum.
+        reset_momentum: start every block with zero velocity, or without what else the direction keeps.
+        direction: how a layer's weights follow its gradient. ``"sngd"``, with momentum heavy ball, and ``"nesterov"``, with
+            Nesterov's momentum, are kernels, and take the normalized gradient. The others take the gradient itself, from
+            `ops.layer_gradient`, to torch's optimizers with their default settings: ``"sgd"`` (torch.optim.SGD, with
+            momentum too), and without momentum ``"adam"``, ``"adagrad"`` and ``"rmsprop"``. What they keep (averages, a
+            count of steps) belongs to its layer, as the velocity does. A step whose gradient is zero changes nothing, but
+            goes on by the steps before with ``"adam"``, and with ``"sgd"`` with momentum; the `History` counts it so.
         shuffle: a new order for every pass, drawn on the device; else the rows as they lie.
         x_scale: what uint8 x is multiplied with, such as 1 / 255; needed there, and None or 1 elsewhere. The trained model
             itself takes x.float() * x_scale.
@@ -168,7 +174,7 @@ def prepare(
         batch_size=batch_size,
         momentum=number("momentum", momentum),
         reset_momentum=bool(reset_momentum),
-        nesterov=direction == "nesterov",
+        direction=direction,
         shuffle=shuffle,
         seed=None if seed is None else _whole("seed", seed, low=0, high=2**63 - 1),
         backend=backend_name(backend),
@@ -176,7 +182,7 @@ def prepare(
         prefix_budget=_whole("prefix_budget", prefix_budget, low=0),
         x_scale=1.0 if x_scale is None else number("x_scale", x_scale),
     )
-    _check_settings(settings, direction, precision)
+    _check_settings(settings, precision)
     to = None if device is None else _device(device)
     callbacks = _callbacks(callbacks)
     if loss == "cross_entropy" and net.n_out == 1:
@@ -291,15 +297,12 @@ def _callbacks(value: Any) -> list[Callback]:
     return callbacks
 
 
-def _check_settings(settings: Settings, direction: str, precision: str | None) -> None:
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
+def _check_settings(settings: Settings, precision: str | None) -> None:
+    directions.check(settings.direction, settings.momentum)
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if not 0 <= settings.momentum < 1:
         raise ValueError(f"momentum: expected a number from 0 to below 1, got {settings.momentum}")
-    if settings.nesterov and settings.momentum == 0:
-        raise ValueError("direction: 'nesterov' needs a momentum above 0, got momentum=0")
     if settings.stop_epsilon is not None and not settings.stop_epsilon > 0:
         raise ValueError(f"stop_epsilon: expected a number above 0, got {settings.stop_epsilon}")
 
@@ -389,7 +392,7 @@ def _fingerprint(settings: Settings, precision: str, net: Network, x: Tensor, ta
         return repr((tuple(tensor.shape), str(tensor.dtype), rows.sum().item(), (rows * place).sum().item()))
 
     chain = [(tuple(w.shape), b is not None, str(phi), str(w.dtype)) for w, b, phi in net.layers]
-    names = {"rates": "lr or lr_schedule", "nesterov": "direction"}
+    names = {"rates": "lr or lr_schedule"}
     return {
         **{names.get(key, key): repr(value) for key, value in vars(settings).items() if key != "prefix_budget"},
         "precision": precision,

@@ -14,8 +14,10 @@ class BlockRecord:
         phase: index of the phase (the pair, for stacked autoencoders).
         round: the round, counted over all phases from 0.
         layer: index of the active layer; ``name`` is its nn.Linear's name in the model.
-        lr: the step length that was used (the learning rate times the layer's norm with ``relative_lr``).
-        steps: mini-batches seen; ``skipped`` of them changed nothing, since their gradient was zero.
+        lr: the step length that was used (the learning rate times the layer's norm with ``relative_lr``), or what torch's
+            optimizer was given as lr.
+        steps: mini-batches seen; ``skipped`` of them changed nothing, since their gradient was zero (none where the direction
+            goes on by the steps before, see `fit`).
         loss: mean over the steps of the mini-batch's loss before the step.
         norm_mean, norm_min, norm_max: of the gradient's Frobenius norm over the steps.
         weights_updated: weights changed since the start of training, each change counted.

@@ -36,6 +36,21 @@ def forward(layers: Sequence[Layer], x: Tensor, backend: str, x_scale: float) ->
     return out
 
 
+def _add_loss_(total: Tensor, h: Tensor, values: Tensor, code: int) -> None:
+    """Add the loss of output h (rows, n_out), times its rows; on the CPU the same bits with any number of threads."""
+    at_once = h.shape[0] if h.is_cuda else max(1, SERIAL // h.shape[1])
+    for part, wanted in zip(h.split(at_once), values.split(at_once), strict=True):
+        total += losses.value(code, part, wanted) * part.shape[0]
+
+
+def mean_loss(h: Tensor, target: Tensor, loss: str) -> Tensor:
+    """The loss of output h (rows, n_out), 0-dimensional and on the device."""
+    values = losses.as_values(target, h.shape[1], h.dtype)
+    total = h.new_zeros(())
+    _add_loss_(total, h, values, losses.code(loss))
+    return total / h.shape[0]
+
+
 def evaluate(
     layers: Sequence[Layer], x: Tensor, target: Tensor, loss: str, backend: str, x_scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -51,9 +66,7 @@ def evaluate(
         h = forward(layers, x[start : start + FORWARD_ROWS], backend, x_scale)
         t = target[start : start + FORWARD_ROWS]
         values = losses.as_values(t, h.shape[1], h.dtype)
-        at_once = h.shape[0] if h.is_cuda else max(1, SERIAL // h.shape[1])
-        for part, wanted in zip(h.split(at_once), values.split(at_once), strict=True):
-            total += losses.value(code, part, wanted) * part.shape[0]
+        _add_loss_(total, h, values, code)
         if h.shape[1] == 1:
             middle = 0.0 if loss == "binary_cross_entropy" else 0.5
             correct += ((h > middle) == (values > 0.5)).sum()

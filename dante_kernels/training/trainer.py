@@ -13,7 +13,7 @@ from torch import Tensor
 from ..network import Network
 from ..ops import Layer
 from ..ops.blocks import Block, Velocity, block_launcher, sngd_blocks_
-from . import checkpoint, finetune
+from . import checkpoint, directions, finetune
 from .history import BlockRecord, History, RoundRecord
 from .problem import Problem, RowStream, evaluate, scale_of
 from .schedules import Phase, Schedule
@@ -46,13 +46,18 @@ class Settings:
     batch_size: int
     momentum: float
     reset_momentum: bool
-    nesterov: bool
+    direction: str
     shuffle: bool
     seed: int | None
     backend: str
     stop_epsilon: float | None
     prefix_budget: int
     x_scale: float
+
+    @property
+    def nesterov(self) -> bool:
+        """Whether SNGD's momentum is Nesterov's."""
+        return self.direction == "nesterov"
 
 
 @dataclass
@@ -120,8 +125,14 @@ class Trainer:
         self.streams = [
             RowStream(x.shape[0], settings.batch_size, settings.shuffle, self.generator) for _ in (*network.layers, None)
         ]
+        by_kernels = settings.direction in directions.BY_KERNELS
+        self.rules = [
+            None if by_kernels else directions.Rule(settings.direction, settings.momentum, [w] if b is None else [w, b])
+            for w, b, _ in network.layers
+        ]
+        with_velocity = by_kernels and settings.momentum > 0
         self.velocities: list[tuple[Tensor | None, Tensor | None]] = [
-            (torch.zeros_like(w), None if b is None else torch.zeros_like(b)) if settings.momentum else (None, None)
+            (torch.zeros_like(w), None if b is None else torch.zeros_like(b)) if with_velocity else (None, None)
             for w, b, _ in network.layers
         ]
         self.weights_updated = 0
@@ -211,6 +222,8 @@ class Trainer:
         settings, layers = self.settings, [self.network.layers[i] for i in phase.chain]
         if phase.encoder or len(layers) != 2 or not all(self.network.trainable[i] for i in phase.chain):
             return None
+        if settings.direction not in directions.BY_KERNELS:
+            return None
         return block_launcher(
             layers, problem.x, settings.batch_size, settings.loss, settings.momentum > 0, steps, settings.backend
         )
@@ -239,7 +252,7 @@ class Trainer:
         return [_Turn(layer, lr, losses, part, part_of_time(steps)) for (layer, steps), lr, losses, part in parts]
 
     def _run_block(self, phase: Phase, problem: Problem, layer: int, steps: int, rate: float, keep: bool) -> Passes[_Turn]:
-        """`steps` mini-batches of SNGD on one layer; `keep` says that the block sees every row."""
+        """`steps` mini-batches on one layer; `keep` says that the block sees every row."""
         yield None
         settings, layers = self.settings, self.network.layers
         stop = _stopwatch(self.device)
@@ -247,11 +260,9 @@ class Trainer:
         prefix = [layers[i] for i in phase.chain[:place]]
         suffix = [layers[i] for i in phase.chain[place + 1 :]]
         weight, bias, activation = layers[layer]
-        velocity_weight, velocity_bias = self.velocities[layer]
         if settings.reset_momentum:
-            for velocity in self.velocities[layer]:
-                if velocity is not None:
-                    velocity.zero_()
+            for part in self._kept(layer):
+                part.zero_()
         lr = torch.full((), rate, dtype=weight.dtype, device=weight.device)
         if settings.relative_lr:
             parts = [weight] if bias is None else [weight, bias]
@@ -259,16 +270,17 @@ class Trainer:
         kept = problem.behind(prefix) if keep and prefix else None
         if kept is not None:
             problem, prefix = kept, []
-        arguments = {
+        arguments: dict[str, Any] = {
             "weight": weight, "bias": bias, "batch_size": settings.batch_size, "suffix": suffix, "activation": activation,
-            "loss": settings.loss, "lr": lr, "velocity_weight": velocity_weight, "velocity_bias": velocity_bias,
-            "momentum": settings.momentum, "nesterov": settings.nesterov, "backend": settings.backend,
+            "loss": settings.loss, "lr": lr, "backend": settings.backend,
         }  # fmt: skip
-        results = []
+        velocity = dict(zip(("velocity_weight", "velocity_bias"), self.velocities[layer], strict=True))
+        sngd = {**velocity, "momentum": settings.momentum, "nesterov": settings.nesterov}
+        rule, results = self.rules[layer], []
         for rows in self.streams[layer].take(steps):
             for piece in problem.pieces(rows, prefix, settings.batch_size):
-                scale = {"x_scale": scale_of(piece.x, settings.x_scale)}
-                results.append((yield arguments | piece._asdict() | scale))
+                call = arguments | piece._asdict() | {"x_scale": scale_of(piece.x, settings.x_scale)}
+                results.append((yield call | sngd) if rule is None else rule.epoch_(**call))
         losses, norms = (torch.cat(part) for part in zip(*results, strict=True))
         return _Turn(layer, lr, losses, norms, stop())
 
@@ -279,7 +291,8 @@ class Trainer:
         for turn, lr in zip(turns, rates, strict=True):
             part = slice(start, start + len(turn.norms))
             start = part.stop
-            skipped = every_norm[part].count(0)
+            rule = self.rules[turn.layer]
+            skipped = 0 if rule is not None and rule.coasts else every_norm[part].count(0)
             weight, bias, _ = self.network.layers[turn.layer]
             width = weight.numel() + (0 if bias is None else bias.numel())
             self.weights_updated += width * (len(turn.norms) - skipped)
@@ -379,9 +392,8 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """All that training depends on, apart from data and settings, copied."""
-        tensors = [[part for part in (w, b, *v) if part is not None] for (w, b, _), v in self._layers_and_velocities()]
         return {
-            "tensors": [[part.clone() for part in parts] for parts in tensors],
+            "tensors": [[part.clone() for part in parts] for parts in self._changing()],
             "streams": [stream.state() for stream in self.streams],
             "generator": self.generator.get_state(),
             "weights_updated": self.weights_updated,
@@ -389,13 +401,20 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a `state`, weights included."""
-        for ((w, b, _), v), parts in zip(self._layers_and_velocities(), state["tensors"], strict=True):
-            for own, saved in zip((part for part in (w, b, *v) if part is not None), parts, strict=True):
+        for parts, saved_parts in zip(self._changing(), state["tensors"], strict=True):
+            for own, saved in zip(parts, saved_parts, strict=True):
                 own.copy_(saved)
         for stream, saved in zip(self.streams, state["streams"], strict=True):
             stream.restore(saved)
         self.generator.set_state(state["generator"])
         self.weights_updated = state["weights_updated"]
 
-    def _layers_and_velocities(self) -> Any:
-        return zip(self.network.layers, self.velocities, strict=True)
+    def _kept(self, layer: int) -> list[Tensor]:
+        """What the layer's direction keeps from step to step."""
+        rule = self.rules[layer]
+        return [part for part in self.velocities[layer] if part is not None] if rule is None else rule.kept
+
+    def _changing(self) -> list[list[Tensor]]:
+        """Layer by layer all tensors that training changes."""
+        layers = enumerate(self.network.layers)
+        return [[*(part for part in (w, b) if part is not None), *self._kept(i)] for i, (w, b, _) in layers]

@@ -49,7 +49,7 @@ BYTES, _ = as_bytes(X)
         ({"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),
         ({"batch_size": 1.5}, TypeError, "batch_size: expected a whole number, got 1.5"),
         ({"momentum": 1}, ValueError, "momentum: expected a number from 0 to below 1, got 1"),
-        ({"direction": "up"}, ValueError, "direction: expected one of sngd, nesterov, got 'up'"),
+        ({"direction": "up"}, ValueError, "direction: expected one of sngd, nesterov, sgd, adam, adagrad, rmsprop, got 'up'"),
         ({"direction": "nesterov"}, ValueError, "direction: 'nesterov' needs a momentum above 0"),
         ({"precision": "low"}, ValueError, "precision: expected one of highest, high, medium, got 'low'"),
         ({"backend": "abacus"}, ValueError, "backend: expected auto or one of"),
