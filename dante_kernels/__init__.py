@@ -1,6 +1,6 @@
 """Custom kernels that train neural networks by DANTE: one layer at a time, by stochastic normalized gradient descent."""
 
-from . import ops
+from . import ops, theory
 from .activations import Activation, GeneralizedReLU
 from .training import (
     Alternating,
@@ -31,4 +31,5 @@ __all__ = [
     "fit",
     "fit_many",
     "ops",
+    "theory",
 ]
