@@ -80,16 +80,31 @@ def train(
         str, typer.Option(help="leaky_relu (0.01), relu, sigmoid, tanh or identity; at the output only with mse")
     ] = "leaky_relu",
     loss: Annotated[str, typer.Option(help="mse, cross_entropy or binary_cross_entropy")] = "mse",
-    rounds: Annotated[int, typer.Option(help="rounds: in each, every layer makes its passes")] = 12,
-    inner_epochs: Annotated[float, typer.Option(help="passes of a layer over the data in a round")] = 1.0,
-    inner_steps: Annotated[int | None, typer.Option(help="the layers take turns of so many mini-batches")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="rounds: in each, every layer makes its passes", show_default="12, more with few rows")
+    ] = None,
+    inner_epochs: Annotated[
+        float | None, typer.Option(help="passes of a layer over the data in a round", show_default="1")
+    ] = None,
+    inner_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="the layers take turns of so many mini-batches", show_default="20, or a turn a round with --inner-epochs"
+        ),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="rows in a mini-batch", show_default="20 for digits, else 100")] = None,
     lr: Annotated[
-        float, typer.Option(help="learning rate: the length of a step in weight space, or torch's own with its optimizers")
-    ] = 0.2,
+        float | None,
+        typer.Option(
+            help="learning rate: the length of a step in weight space, or torch's own with its optimizers",
+            show_default="0.003 of the layer's norm, with momentum 0.9",
+        ),
+    ] = None,
     lr_schedule: Annotated[str, typer.Option(help="constant or cosine")] = "cosine",
     relative_lr: Annotated[bool, typer.Option("--relative-lr", help="step length is lr times the layer's norm")] = False,
-    momentum: Annotated[float, typer.Option(help="momentum, from 0 to below 1")] = 0.0,
+    momentum: Annotated[
+        float | None, typer.Option(help="momentum, from 0 to below 1", show_default="0.9, or 0 with --lr")
+    ] = None,
     direction: Annotated[
         str, typer.Option(help="sngd, nesterov, or one of torch's optimizers: sgd, adam, adagrad, rmsprop")
     ] = "sngd",
@@ -110,6 +125,7 @@ def train(
     """
     with _errors_in_one_line():
         from . import activations, data, losses
+        from .training.schedules import INNER_STEPS, default_rounds
 
         widths = _widths(hidden)
         batch = (20 if dataset == "digits" else 100) if batch_size is None else batch_size
@@ -118,14 +134,16 @@ def train(
             raise UsageError("--data-dir: digits come with scikit-learn; it goes with the other data sets")
         _expect(activation in activations.NAMES, "--activation", f"one of {', '.join(activations.NAMES)}", activation)
         _expect(loss in losses.CODES, "--loss", f"one of {', '.join(losses.CODES)}", loss)
+        lr, relative_lr, momentum = _settled(lr, relative_lr, momentum, direction)
         _expect(math.isfinite(lr) and lr > 0, "--lr", "a finite number above 0", lr)
         _expect(lr_schedule in LR_SCHEDULES, "--lr-schedule", " or ".join(LR_SCHEDULES), lr_schedule)
         _expect(batch >= 1, "--batch-size", "at least 1", batch)
         _expect(0 <= momentum < 1, "--momentum", "a number from 0 to below 1", momentum)
-        _check_direction(direction, momentum)
         _expect(0 <= seed < 2**63, "--seed", "a number from 0 to 2^63 - 1", seed)
-        schedule_settings = {"rounds": rounds, "inner_epochs": inner_epochs, "inner_steps": inner_steps}
-        turns = _schedule(schedule, schedule_settings, len(widths))
+        if inner_epochs is None:
+            inner_epochs, inner_steps = 1.0, INNER_STEPS if inner_steps is None else inner_steps
+        turns = {"rounds": 1 if rounds is None else rounds, "inner_epochs": inner_epochs, "inner_steps": inner_steps}
+        _schedule(schedule, turns, len(widths))
         if force and output is None:
             raise UsageError("--force: goes with --output; without it nothing is overwritten")
         target = Path(f"dante-{dataset}.safetensors") if output is None else _behind_links(output)
@@ -137,7 +155,9 @@ def train(
         with _spinner(f"loading {dataset}", quiet):
             split = data.load(dataset, data_dir)
         _warn_of_another_data_set(dataset, data_dir)
-        widths = [split.x_train.shape[1], *widths, split.classes]
+        if rounds is None:
+            turns["rounds"] = default_rounds(len(split.x_train), batch)
+        hidden_layers, widths = len(widths), [split.x_train.shape[1], *widths, split.classes]
         between = activations.NAMES[activation]
         last = between if loss == "mse" else None
         model = _build(widths, between, last, seed, bias=not no_bias)
@@ -147,7 +167,7 @@ def train(
         if not quiet:
             rows = f"{len(split.x_train):,} training and {len(split.x_test):,} test rows"
             print(f"{dataset}: {rows}; {shape}, {activation}, {loss}, on {to}", flush=True)
-        history = _fit(model, split, turns, {**settings, "device": to}, quiet)
+        history = _fit(model, split, _schedule(schedule, turns, hidden_layers), {**settings, "device": to}, quiet)
         metadata = {
             "widths": shape,
             "activation": activation,
@@ -155,7 +175,7 @@ def train(
             "loss": loss,
             "dataset": dataset,
             "dante_kernels": _version("dante_kernels"),
-            "settings": json.dumps({"schedule": schedule, **schedule_settings, **settings, "bias": not no_bias}),
+            "settings": json.dumps({"schedule": schedule, **turns, **settings, "bias": not no_bias}),
             "test_accuracy": str(history.rounds[-1].metrics["accuracy"]),
         }
         saved = _save(model, target, metadata, overwrite=force)
@@ -286,13 +306,16 @@ def _schedule(name: str, settings: dict[str, Any], hidden: int) -> Schedule:
         raise UsageError(_naming_the_option(str(error))) from error
 
 
-def _check_direction(direction: str, momentum: float) -> None:
+def _settled(lr: float | None, relative_lr: bool, momentum: float | None, direction: str) -> tuple[float, bool, float]:
+    """The step's settings, those not given as `fit` takes them."""
     from .training import directions
 
     try:
+        lr, relative_lr, momentum = directions.settled(lr, relative_lr or None, momentum, direction)
         directions.check(direction, momentum)
     except ValueError as error:
         raise UsageError(_naming_the_option(str(error))) from error
+    return lr, relative_lr, momentum
 
 
 def _check_backend(backend: str, device: Device) -> None:

@@ -19,6 +19,7 @@ from .problem import forward, mean_loss
 BY_KERNELS = ("sngd", "nesterov")  # `ops.sngd_epoch_` takes their steps
 WITHOUT_MOMENTUM = ("adam", "adagrad", "rmsprop")
 NAMES = (*BY_KERNELS, "sgd", *WITHOUT_MOMENTUM)
+RELATIVE_LR, MOMENTUM = 0.003, 0.9  # what the kernels' directions take where no lr is given
 
 
 def check(direction: str, momentum: float) -> None:
@@ -33,6 +34,21 @@ def check(direction: str, momentum: float) -> None:
         raise ValueError("direction: 'nesterov' needs a momentum above 0, got momentum=0")
     if direction in WITHOUT_MOMENTUM and momentum != 0:
         raise ValueError(f"momentum: expected 0 with direction={direction!r}, got {momentum}")
+
+
+def settled(lr: Any, relative_lr: bool | None, momentum: float | None, direction: str) -> tuple[Any, bool, float]:
+    """`fit`'s lr, relative_lr and momentum, where they are not given by what goes together; docs/defaults.md has the reasons.
+
+    Raises:
+        ValueError: where lr is missing and cannot be settled.
+    """
+    if lr is not None:
+        return lr, bool(relative_lr), 0.0 if momentum is None else momentum
+    if direction in NAMES and direction not in BY_KERNELS:
+        raise ValueError(f"lr: expected a number with direction={direction!r}, got None")
+    if relative_lr is not None and not relative_lr:
+        raise ValueError("lr: expected a number with relative_lr=False, got None")
+    return RELATIVE_LR, True, MOMENTUM if momentum is None else momentum
 
 
 class Rule:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from .. import losses, network, reference
 from ..network import Network
 from ..ops import backends
-from ..ops.checks import backend_name, number, scale
+from ..ops.checks import backend_name, number
 from . import checkpoint as checkpoints
-from . import directions
+from . import directions, inputs
 from .history import History
 from .run import Run
-from .schedules import RoundRobin, Schedule
+from .schedules import INNER_STEPS, RoundRobin, Schedule, default_rounds
 from .trainer import Callback, LearningRate, Settings
 
 LR_SCHEDULES = ("constant", "cosine")
@@ -35,11 +35,11 @@ def fit(
     *,
     loss: str = "mse",
     schedule: Schedule | None = None,
-    lr: LearningRate = 0.1,
-    relative_lr: bool = False,
+    lr: LearningRate | None = None,
+    relative_lr: bool | None = None,
     lr_schedule: str | Callable[[int, int], float] = "cosine",
     batch_size: int = 100,
-    momentum: float = 0.0,
+    momentum: float | None = None,
     reset_momentum: bool = False,
     direction: str = "sngd",
     shuffle: bool = True,
@@ -69,15 +69,18 @@ def fit(
             x a copy in the model's dtype, times x_scale).
         loss: ``"mse"``, ``"cross_entropy"`` (the output as logits, or a last nn.Softmax or nn.LogSoftmax) or
             ``"binary_cross_entropy"`` (logits, or a last nn.Sigmoid); means as in torch.
-        schedule: `Alternating`, `RoundRobin` or `StackedAutoencoder`; RoundRobin(rounds=12) where none is given.
+        schedule: `Alternating`, `RoundRobin` or `StackedAutoencoder`. Where none is given, RoundRobin in blocks of 20 steps: a
+            pass of each layer a round, and 12 rounds, or more with less data (as many as make 600 steps, 60 at most).
         lr: the length of a step in weight space: a number, one per layer, or a callable that gives either for a round
             (from 0, within its phase). Callables are called for all rounds before training starts. With a direction of
-            torch's optimizers it is theirs, for which other numbers are good: 0.001 is usual for Adam.
-        relative_lr: lr is multiplied with the Frobenius norm of the layer (weight and bias) at its block's start.
+            torch's optimizers it is theirs, for which other numbers are good: 0.001 is usual for Adam. None, with the kernels'
+            directions, is 0.003 relative to the layer, which docs/defaults.md found to do well on many nets.
+        relative_lr: lr is multiplied with the Frobenius norm of the layer (weight and bias) at its block's start. None is True
+            where lr is None, else False.
         lr_schedule: ``"constant"``; ``"cosine"``, which multiplies lr in round r of R by (1 + cos(pi r / R)) / 2; or a
             callable of (r, R) that gives the factor.
         batch_size: rows in a mini-batch; the last of a pass may be shorter.
-        momentum: mu, from 0 to below 1. A layer's velocity is kept from block to block.
+        momentum: mu, from 0 to below 1. A layer's velocity is kept from block to block. None is 0.9 where lr is None, else 0.
         reset_momentum: start every block with zero velocity, or without what else the direction keeps.
         direction: how a layer's weights follow its gradient. ``"sngd"``, with momentum heavy ball, and ``"nesterov"``, with
             Nesterov's momentum, are kernels, and take the normalized gradient. The others take the gradient itself, from
@@ -132,11 +135,11 @@ def prepare(
     *,
     loss: str,
     schedule: Schedule | None,
-    lr: LearningRate,
-    relative_lr: bool,
+    lr: LearningRate | None,
+    relative_lr: bool | None,
     lr_schedule: str | Callable[[int, int], float],
     batch_size: int,
-    momentum: float,
+    momentum: float | None,
     reset_momentum: bool,
     direction: str,
     shuffle: bool,
@@ -160,17 +163,20 @@ def prepare(
     each line of progress.
     """
     losses.code(loss)
-    schedule = RoundRobin() if schedule is None else schedule
-    if not isinstance(schedule, Schedule):
+    if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(f"schedule: expected a Schedule such as RoundRobin(rounds=12), got {schedule!r}")
     net = network.from_module(model, loss)
-    rates = _rates(lr, lr_schedule, schedule.rounds, len(net.layers))
     batch_size = _whole("batch_size", batch_size, low=1)
+    lr, relative_lr, momentum = directions.settled(lr, relative_lr, momentum, direction)
+    if schedule is None:
+        rounds = default_rounds(inputs.rows_of(x), batch_size)
+        schedule = RoundRobin(rounds=rounds, inner_epochs=1, inner_steps=INNER_STEPS)
+    rates = _rates(lr, lr_schedule, schedule.rounds, len(net.layers))
     settings = Settings(
         loss=loss,
         schedule=schedule,
         rates=rates,
-        relative_lr=bool(relative_lr),
+        relative_lr=relative_lr,
         batch_size=batch_size,
         momentum=number("momentum", momentum),
         reset_momentum=bool(reset_momentum),
@@ -204,13 +210,13 @@ def prepare(
         return made[key]
 
     as_target = functools.partial(reference.widened, dtype=dtype, x_scale=settings.x_scale)
-    inputs = once("inputs", lambda: _inputs("x", x, x_scale, net, to), x)
-    target, _ = once("target", lambda: _target("y", y, inputs, net, to), y, inputs)
+    rows = once("inputs", lambda: inputs.inputs("x", x, x_scale, net, to), x)
+    target, _ = once("target", lambda: inputs.target("y", y, rows, net, to), y, rows)
     phases = schedule.phases(net.widths)
     if not any(net.trainable[layer] for phase in phases for layer in phase.order):
         raise ValueError("model: no layer has parameters that require gradients, so nothing can be trained")
     if any(phase.autoencodes for phase in phases):
-        if target is not None and not (target.shape == inputs.shape and bool((target == as_target(inputs)).all())):
+        if target is not None and not (target.shape == rows.shape and bool((target == as_target(rows)).all())):
             raise ValueError("y: StackedAutoencoder's target is x itself; expected None or x, got other values")
         target = None
     held_out = None
@@ -218,9 +224,9 @@ def prepare(
         if not isinstance(validation, tuple | list) or len(validation) != 2:
             raise TypeError("validation: expected a pair (x, y)")
         x_given, y_given = validation
-        x_held_out = once("inputs", lambda: _inputs("validation[0]", x_given, x_scale, net, to), x_given)
+        x_held_out = once("inputs", lambda: inputs.inputs("validation[0]", x_given, x_scale, net, to), x_given)
         y_held_out, classes = once(
-            "target", lambda: _target("validation[1]", y_given, x_held_out, net, to), y_given, x_held_out
+            "target", lambda: inputs.target("validation[1]", y_given, x_held_out, net, to), y_given, x_held_out
         )
         if y_held_out is None:
             y_held_out = once("x as target", lambda: as_target(x_held_out), x_held_out)
@@ -228,12 +234,12 @@ def prepare(
     file = None
     if checkpoint is not None:
         effective = precision or torch.get_float32_matmul_precision()
-        file = checkpoints.File(checkpoint, _fingerprint(settings, effective, net, inputs, target))
+        file = checkpoints.File(checkpoint, _fingerprint(settings, effective, net, rows, target))
         file.read(torch.device("cpu"))
     printing = [functools.partial(_print_round, label=label)] if progress else []
     if target is None:
-        target = once("x as target", lambda: as_target(inputs), inputs)
-    return Run(model, net, to, where, inputs, target, settings, held_out, [*callbacks, *printing], file, precision)
+        target = once("x as target", lambda: as_target(rows), rows)
+    return Run(model, net, to, where, rows, target, settings, held_out, [*callbacks, *printing], file, precision)
 
 
 def _rates(lr: LearningRate, lr_schedule: str | Callable[[int, int], float], rounds: int, layers: int) -> list[list[float]]:
@@ -305,78 +311,6 @@ def _check_settings(settings: Settings, precision: str | None) -> None:
         raise ValueError(f"momentum: expected a number from 0 to below 1, got {settings.momentum}")
     if settings.stop_epsilon is not None and not settings.stop_epsilon > 0:
         raise ValueError(f"stop_epsilon: expected a number above 0, got {settings.stop_epsilon}")
-
-
-def _tensor(name: str, value: Any) -> Tensor:
-    try:
-        tensor: Tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: expected a tensor or an array of numbers, got {type(value).__name__} ({error})") from error
-    return tensor.detach()
-
-
-def _place(name: str, tensor: Tensor, net: Network, device: torch.device | None) -> Tensor:
-    if device is not None:
-        return tensor.to(device)
-    home = net.layers[0].weight.device
-    if tensor.device != home:
-        raise ValueError(f"{name}: expected on {home}, where the model is, got {tensor.device}; give device= to move both")
-    return tensor
-
-
-def _inputs(name: str, value: Any, x_scale: float | None, net: Network, device: torch.device | None) -> Tensor:
-    """x as (rows, n_in) on the device."""
-    x = _tensor(name, value)
-    dtype = net.layers[0].weight.dtype
-    if net.flattens and x.dim() > 2:
-        x = x.flatten(1)
-    if x.dim() != 2 or x.shape[1] != net.n_in:
-        raise ValueError(f"{name}: expected shape (rows, {net.n_in}), got {tuple(x.shape)}")
-    if x.shape[0] == 0:
-        raise ValueError(f"{name}: expected at least one row, got none")
-    if x.dtype not in (dtype, torch.uint8) and not (dtype == torch.float32 and x.dtype == torch.bfloat16):
-        narrow = " or torch.bfloat16" if dtype == torch.float32 else ""
-        raise TypeError(
-            f"{name}: expected {dtype}{narrow} or torch.uint8, as the model's weights are {dtype}, got {x.dtype}; convert it, "
-            f"such as by torch.as_tensor(x, dtype={dtype})"
-        )
-    if x.dtype == torch.uint8 and x_scale is None:
-        raise ValueError(f"x_scale: expected a number, such as 1 / 255, since {name} is uint8, got None")
-    scale(1.0 if x_scale is None else x_scale, name, x)
-    return _place(name, x, net, device)
-
-
-def _target(name: str, value: Any, x: Tensor, net: Network, device: torch.device | None) -> tuple[Tensor | None, bool]:
-    """y as class indices (rows,) int64 or values (rows, n_out), and whether it holds classes; None for an autoencoder."""
-    if value is None:
-        if net.n_out != net.n_in:
-            raise ValueError(
-                f"{name}: expected targets, since the output ({net.n_out}) is not as wide as the input ({net.n_in})"
-            )
-        return None, False
-    y = _tensor(name, value)
-    dtype = net.layers[0].weight.dtype
-    rows, n_out = x.shape[0], net.n_out
-    if not y.is_floating_point() and not y.is_complex():
-        if y.dim() == 2 and y.shape[1] == 1:
-            y = y[:, 0]
-        if y.shape != (rows,):
-            raise ValueError(f"{name}: expected {rows} class indices, one for each row of x, got shape {tuple(y.shape)}")
-        y = y.to(torch.int64)
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= max(n_out, 2):
-            raise ValueError(f"{name}: expected class indices from 0 to {max(n_out, 2) - 1}, got {low} to {high}")
-        y = _place(name, y, net, device)
-        return (y, True) if n_out > 1 else (y[:, None].to(dtype), True)
-    if y.dim() == 1 and n_out == 1:
-        y = y[:, None]
-    if y.shape != (rows, n_out):
-        raise ValueError(f"{name}: expected values of shape ({rows}, {n_out}) or {rows} class indices, got {tuple(y.shape)}")
-    if y.dtype == torch.bfloat16 and dtype == torch.float32:
-        y = y.to(dtype)
-    if y.dtype != dtype:
-        raise TypeError(f"{name}: expected {dtype}, the model's dtype, or integer class indices, got {y.dtype}")
-    return _place(name, y, net, device), False
 
 
 def _fingerprint(settings: Settings, precision: str, net: Network, x: Tensor, target: Tensor | None) -> dict[str, str]:

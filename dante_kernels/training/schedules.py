@@ -6,6 +6,15 @@ import math
 import numbers
 from dataclasses import dataclass
 
+# What `fit` takes where no schedule is given; docs/defaults.md has the reasons.
+INNER_STEPS = 20
+ROUNDS, MOST_ROUNDS, STEPS = 12, 60, 600  # rounds at least and at most, and the steps of a layer that they should come to
+
+
+def default_rounds(rows: int, batch_size: int) -> int:
+    """How many passes of each layer `fit` makes where no schedule is given: more over small data."""
+    return max(ROUNDS, min(MOST_ROUNDS, -(-STEPS // -(-rows // batch_size))))
+
 
 @dataclass(frozen=True)
 class Phase:
