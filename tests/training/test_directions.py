@@ -99,9 +99,10 @@ def test_uint8_and_bfloat16_data_stand_for_their_values(backend, name):
     narrow, wide = as_bytes(X)
     for data, values, scale in ((narrow, wide, {"x_scale": 1 / 255}), (X.bfloat16(), X.bfloat16().float(), {})):
         models = net(6, 4, 3), net(6, 4, 3)
-        dk.fit(models[0], data, Y, schedule=SHORT, backend=backend, **settings_of(name, **scale))
-        dk.fit(models[1], values, Y, schedule=SHORT, backend=backend, **settings_of(name))
+        ours = dk.fit(models[0], data, Y, schedule=SHORT, backend=backend, **settings_of(name, **scale))
+        theirs = dk.fit(models[1], values, Y, schedule=SHORT, backend=backend, **settings_of(name))
         assert_same(backend, *map(weights, models))
+        assert [b.loss for b in ours.blocks] == pytest.approx([b.loss for b in theirs.blocks], rel=1e-5)
 
 
 @every_optimizer
