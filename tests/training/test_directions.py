@@ -99,9 +99,10 @@ def test_uint8_and_bfloat16_data_stand_for_their_values(backend, name):
     narrow, wide = as_bytes(X)
     for data, values, scale in ((narrow, wide, {"x_scale": 1 / 255}), (X.bfloat16(), X.bfloat16().float(), {})):
         models = net(6, 4, 3), net(6, 4, 3)
-        dk.fit(models[0], data, Y, schedule=SHORT, backend=backend, **settings_of(name, **scale))
-        dk.fit(models[1], values, Y, schedule=SHORT, backend=backend, **settings_of(name))
+        ours = dk.fit(models[0], data, Y, schedule=SHORT, backend=backend, **settings_of(name, **scale))
+        theirs = dk.fit(models[1], values, Y, schedule=SHORT, backend=backend, **settings_of(name))
         assert_same(backend, *map(weights, models))
+        assert [b.loss for b in ours.blocks] == pytest.approx([b.loss for b in theirs.blocks], rel=1e-5)
 
 
 @every_optimizer
@@ -269,3 +270,15 @@ def test_momentum_beside_a_direction_without_it_is_refused(direction):
     with pytest.raises(ValueError, match=f"momentum: expected 0 with direction='{direction}', got 0.9"):
         dk.fit(model, X, Y, direction=direction, momentum=0.9)
     assert torch.equal(weights(model), before)
+
+
+def test_adagrad_steps_alike_where_torch_has_no_fused_one(monkeypatch):
+    models = net(6, 5, 3), net(6, 5, 3)
+    dk.fit(models[0], X, Y, schedule=SHORT, **settings_of("adagrad"))
+    fused = []
+    real = torch._fused_adagrad_
+    monkeypatch.setattr(torch, "_fused_adagrad_", lambda *args, **more: fused.append(1) or real(*args, **more))
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    dk.fit(models[1], X, Y, schedule=SHORT, **settings_of("adagrad"))
+    assert not fused
+    torch.testing.assert_close(weights(models[1]), weights(models[0]), rtol=1e-4, atol=1e-5)
