@@ -83,7 +83,7 @@ def metadata_of(path):
 def test_with_no_argument_digits_are_learned_and_the_saved_model_is_that_good(dante, tmp_path):
     status, out, err = dante("train")
     assert status == 0, err
-    assert [int(row[0]) for row in ROW.findall(out)] == list(range(1, 13))
+    assert [int(row[0]) for row in ROW.findall(out)] == [1, 2, 4, 5, 7, 8, 10, 11, 13, 14, 16, 17]
     assert "model saved to dante-digits.safetensors" in out
     model = nn.Sequential(nn.Linear(64, 100), nn.LeakyReLU(0.01), nn.Linear(100, 10), nn.LeakyReLU(0.01))
     model.load_state_dict(load_file("dante-digits.safetensors"))

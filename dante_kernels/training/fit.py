@@ -70,7 +70,7 @@ def fit(
         loss: ``"mse"``, ``"cross_entropy"`` (the output as logits, or a last nn.Softmax or nn.LogSoftmax) or
             ``"binary_cross_entropy"`` (logits, or a last nn.Sigmoid); means as in torch.
         schedule: `Alternating`, `RoundRobin` or `StackedAutoencoder`. Where none is given, RoundRobin in blocks of 20 steps: a
-            pass of each layer a round, and 12 rounds, or more with less data (as many as make 600 steps, 60 at most).
+            pass of each layer a round, and 12 rounds, or more with less data (as many as make 1200 steps, 100 at most).
         lr: the length of a step in weight space: a number, one per layer, or a callable that gives either for a round
             (from 0, within its phase). Callables are called for all rounds before training starts. With a direction of
             torch's optimizers it is theirs, for which other numbers are good: 0.001 is usual for Adam. None, with the kernels'

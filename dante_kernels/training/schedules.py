@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 # What `fit` takes where no schedule is given; docs/defaults.md has the reasons.
 INNER_STEPS = 20
-ROUNDS, MOST_ROUNDS, STEPS = 12, 60, 600  # rounds at least and at most, and the steps of a layer that they should come to
+ROUNDS, MOST_ROUNDS, STEPS = 12, 100, 1200  # rounds at least and at most, and the steps of a layer that they should come to
 
 
 def default_rounds(rows: int, batch_size: int) -> int:
