@@ -116,7 +116,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_the_weights_are_those_before
     x = X.clone()
     schedule = dk.RoundRobin(rounds=3, **blocks)
     model, twin = net(6, 5, 3), net(6, 5, 3)
-    common = {"batch_size": 10, "shuffle": False, "backend": backend, "lr_schedule": "constant", "momentum": 0.9}
+    common = {"batch_size": 10, "shuffle": False, "backend": backend, "lr_schedule": "constant", "momentum": 0.9, "lr": 0.1}
     frozen = 1 - layer
     for m in (model, twin):
         for p in m[2 * frozen].parameters():

@@ -240,7 +240,14 @@ def test_binary_targets_of_one_output_may_be_classes_or_values():
     for target in (y, y.float(), y.float()[:, None], y.numpy()):
         model = net(6, 5, 1)
         history = dk.fit(
-            model, x, target, loss="binary_cross_entropy", schedule=dk.RoundRobin(rounds=4), batch_size=10, validation=(x, y)
+            model,
+            x,
+            target,
+            loss="binary_cross_entropy",
+            schedule=dk.RoundRobin(rounds=4),
+            lr=0.1,
+            batch_size=10,
+            validation=(x, y),
         )
         outcomes.append(weights(model))
         assert history.rounds[-1].metrics["accuracy"] > 0.9
