@@ -55,8 +55,8 @@ struct Panels {
   Panels from(int64_t r) const { return {data + r * row_stride, row_stride, panel_stride}; }
 };
 
-// Row-major (rows, cols) storage, zero at first. The leading dimension is an odd number of cache lines: at a power of two the rows of
-// a column would all fall into the same few sets of the cache.
+// Row-major (rows, cols) storage, zero at first. The leading dimension is an odd number of cache lines: at a power of two the
+// rows of a column would all fall into the same few sets of the cache.
 struct Dense {
   int64_t cols = 0, ld = 0;
   Buffer buffer;
