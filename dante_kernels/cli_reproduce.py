@@ -14,15 +14,15 @@ with contextlib.suppress(ImportError):  # `cli.main` says what to install
 def reproduce(
     name: Annotated[
         str,
-        typer.Argument(
-            help="all, table1, table2, table3, table4, mlp, sigmoid, cross-entropy, t-sweep, widths or autoencoder"
-        ),
+        typer.Argument(help="all, table1, table2, table3, table4, mlp, sigmoid, cross-entropy, t-sweep, widths or autoencoder"),
     ],
     full: Annotated[bool, typer.Option("--full/--quick", help="as published (hours), or small (minutes on 2 cores)")] = False,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="folder with mnist, fashion-mnist, kmnist, uci, libsvm, cifar10, svhn, tiny-imagenet, as far as there",
-                     show_default="DANTE_DATA_DIR; else MNIST and its kin are fetched"),
+        typer.Option(
+            help="folder with mnist, fashion-mnist, kmnist, uci, libsvm, cifar10, svhn, tiny-imagenet, as far as there",
+            show_default="DANTE_DATA_DIR; else MNIST and its kin are fetched",
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="folder for the page, the pictures and every training's row")] = Path("results"),
     jobs: Annotated[

@@ -62,7 +62,9 @@ def load_table(name: str, directory: str | os.PathLike[str]) -> Table:
     places = [_find(Path(directory), file) for file in files]
     missing = [file for file, place in zip(files, places, strict=True) if place is None]
     if missing:
-        raise FileNotFoundError(f"data directory {str(directory)!r} lacks {', '.join(missing)} (also looked for in uci, libsvm)")
+        raise FileNotFoundError(
+            f"data directory {str(directory)!r} lacks {', '.join(missing)} (also looked for in uci, libsvm)"
+        )
     return read(name, [place for place in places if place is not None])
 
 

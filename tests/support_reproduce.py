@@ -25,7 +25,8 @@ def fake(job, loss):
     """A row as a training of this job would leave it."""
     return {
         "job": job.settings, "method": job.method.name, "made_by": "a test", "test_loss": loss,
-        "status": "diverged" if loss is None else "done", "test_accuracy": None if loss is None else 1 - loss, "train_loss": loss, "baseline": None, "seconds": 1.0,
+        "status": "diverged" if loss is None else "done",
+        "test_accuracy": None if loss is None else 1 - loss, "train_loss": loss, "baseline": None, "seconds": 1.0,
         "weights_updated": 100, "curve": [[100, 1.0, 0.5, loss, 0.5]],
     }  # fmt: skip
 
@@ -34,5 +35,3 @@ def write_ccpp(folder, rows=50):
     generator = np.random.default_rng(0)
     lines = [",".join(f"{v:.2f}" for v in row) for row in generator.normal(100, 20, (rows, 5))]
     (folder / "ccpp.csv").write_text("AT,V,AP,RH,PE\n" + "\n".join(lines) + "\n")
-
-

@@ -65,7 +65,9 @@ def test_a_wrong_svhn_file_is_refused_by_name(tmp_path, content):
     io = pytest.importorskip("scipy.io")
     for name in ("train", "test"):
         path = tmp_path / f"{name}_32x32.mat"
-        path.write_bytes(b"no MATLAB file, but long enough to have a header" * 10) if content is None else io.savemat(path, content)
+        path.write_bytes(b"no MATLAB file, but long enough to have a header" * 10) if content is None else io.savemat(
+            path, content
+        )
     with pytest.raises(ValueError, match=r"train_32x32\.mat: expected"):
         data_colour.load_colour("svhn", tmp_path)
 
@@ -82,7 +84,9 @@ def write_tiny_imagenet(folder):
     (folder / "val" / "val_annotations.txt").write_text("0.JPEG\tn02\t0\t0\t1\t1\n1.JPEG\tn01\t0\t0\t1\t1\n")
 
 
-@pytest.mark.parametrize(("rows", "expected", "labels"), [(None, [10, 110, 60, 160], [0, 1, 0, 1]), (3, [10, 110, 60], [0, 1, 0])])
+@pytest.mark.parametrize(
+    ("rows", "expected", "labels"), [(None, [10, 110, 60, 160], [0, 1, 0, 1]), (3, [10, 110, 60], [0, 1, 0])]
+)
 def test_tiny_imagenet_takes_all_classes_alike(tmp_path, rows, expected, labels):
     write_tiny_imagenet(tmp_path)
     split = data_colour.load_colour("tiny-imagenet", tmp_path, rows)

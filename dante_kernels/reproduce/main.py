@@ -10,7 +10,7 @@ from typing import Any
 from . import plots, report, summary
 from .experiments import EXPERIMENTS, Scale
 from .runs import Row
-from .search import Store, complete, workers
+from .search import Case, Store, complete, workers
 
 RUNS = "runs.jsonl"
 
@@ -43,10 +43,14 @@ def reproduce(
     output.mkdir(parents=True, exist_ok=True)
     store = Store(output / RUNS)
     done = []
+
+    def complete_one(each: str, cases: tuple[Case, ...]) -> dict[tuple[str, int], str]:
+        return complete(list(cases), store, run, directory, lambda line: say(f"{each}: {line}"))
+
     with workers(jobs, directory) as run:
         for each in EXPERIMENTS if name == "all" else (name,):
             experiment = EXPERIMENTS[each](Scale(full))
-            absent = complete(list(experiment.cases), store, run, directory, lambda line, each=each: say(f"{each}: {line}"))
+            absent = complete_one(each, experiment.cases)
             found = summary.summarise(experiment, full, store, absent)
             (output / f"{each}.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
             plots.draw(found, output / "reproduction")

@@ -57,7 +57,9 @@ def _curves(cases: list[Row]) -> Any:
             for method in case["methods"]:
                 points = [(p[0], p[place]) for p in method["curve"] if p[place] is not None]
                 if points:
-                    axis.plot(*zip(*points, strict=True), ".-", markersize=3, color=colours[method["method"]], label=method["method"])
+                    axis.plot(
+                        *zip(*points, strict=True), ".-", markersize=3, color=colours[method["method"]], label=method["method"]
+                    )
             axis.set_title(f"{case['title']} {case['net']}: {title}", fontsize=7)
             axis.set_yscale("linear" if place == 4 else "log")
             axis.tick_params(labelsize=6, which="both")

@@ -20,7 +20,9 @@ def svm(model: nn.Sequential, problem: Problem) -> dict[str, Any]:
 
     The activations are standardized by the training rows and C is 1: the papers say neither.
     """
-    pipeline, linear, scaling = (require(f"sklearn.{m}", "sklearn", "a linear SVM") for m in ("pipeline", "svm", "preprocessing"))
+    pipeline, linear, scaling = (
+        require(f"sklearn.{m}", "sklearn", "a linear SVM") for m in ("pipeline", "svm", "preprocessing")
+    )
     encoder = model[:2]
     machine = pipeline.make_pipeline(scaling.StandardScaler(), linear.LinearSVC(C=1.0, dual=False, max_iter=5000))
     assert problem.labels is not None

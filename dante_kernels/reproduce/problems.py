@@ -95,14 +95,16 @@ def load(spec: Spec, directory: Path | None) -> Problem:
     return Problem(spec.data, x, y, x_test, y_test)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def why_absent(spec: Spec, directory: Path | None) -> str | None:
     """Why this problem cannot be had here, in a line; None where it can."""
     try:
         load(spec, directory)
     except (OSError, ValueError, ImportError) as error:
         place = str(directory or os.environ.get(data.CACHE_VARIABLE) or "")
-        text = str(error).replace(f"{place}/", "") if place else str(error)  # a page must not depend on where it was made
+        text = str(error)
+        if place:  # a page must not depend on where it was made
+            text = text.replace(f"{place}/", "").replace(place, "DIR")
         return " ".join(text.split())
     return None
 

@@ -37,7 +37,12 @@ def _section(summary: Row) -> str:
     parts = [f"## {summary['title']}\n", f"{summary['source']}; `dante reproduce {summary['name']}`.\n", summary["text"], ""]
     parts += _table(_HEADS[summary["metric"]], [row for case in summary["cases"] for row in _rows(summary["metric"], case)])
     if summary["claims"]:
-        parts += ["", '"DANTE is at least as good as SGD" here:', "", *_table(_CLAIM_HEAD, list(map(_claim_row, summary["claims"])))]
+        parts += [
+            "",
+            '"DANTE is at least as good as SGD" here:',
+            "",
+            *_table(_CLAIM_HEAD, list(map(_claim_row, summary["claims"]))),
+        ]
         parts += ["", *(f"- {line}" for line in verdicts(summary["claims"]))]
     if summary["picture"] and any(case["methods"] and not case["speed_only"] for case in summary["cases"]):
         parts += ["", f"![{summary['title']}](reproduction/{summary['name']}.png)"]
@@ -128,4 +133,3 @@ def _in_brackets(text: str) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
-

@@ -29,7 +29,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": F.cross_entropy,
     "binary_cross_entropy": F.binary_cross_entropy_with_logits,
 }
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adagrad": torch.optim.Adagrad,
@@ -152,7 +152,9 @@ def train(
     diverged = train_with(model, problem, loss, way, rate, seed, epochs, batch_size, judge)
     diverged = diverged or not curve or not math.isfinite(curve[-1][3] or 0.0)
     weights, seconds, train_loss, test_loss, accuracy = (None, None, None, None, None) if diverged else curve[-1]
-    finite = [[v if v is None else float(f"{v:.6g}") for v in p] for p in curve if all(v is None or math.isfinite(v) for v in p)]
+    finite = [
+        [v if v is None else float(f"{v:.6g}") for v in p] for p in curve if all(v is None or math.isfinite(v) for v in p)
+    ]
     row: Row = {
         "status": "diverged" if diverged else "done",
         "test_loss": test_loss,
@@ -204,7 +206,15 @@ Judge = Callable[[int, float, float], None]
 
 
 def _fit(
-    model: nn.Sequential, problem: Problem, loss: str, way: Method, rate: float, seed: int, epochs: int, batch: int, judge: Judge
+    model: nn.Sequential,
+    problem: Problem,
+    loss: str,
+    way: Method,
+    rate: float,
+    seed: int,
+    epochs: int,
+    batch: int,
+    judge: Judge,
 ) -> bool:
     """Train layer by layer; whether it diverged. One hidden layer is Algorithm 2 (outer layer first), more go round-robin."""
     rounds = epochs if way.inner_steps else round(epochs / way.inner_epochs)
@@ -228,11 +238,19 @@ def _fit(
 
 
 def _descend(
-    model: nn.Sequential, problem: Problem, loss: str, way: Method, rate: float, seed: int, epochs: int, batch: int, judge: Judge
+    model: nn.Sequential,
+    problem: Problem,
+    loss: str,
+    way: Method,
+    rate: float,
+    seed: int,
+    epochs: int,
+    batch: int,
+    judge: Judge,
 ) -> bool:
     """Train all layers at once with torch's optimizer; whether it diverged."""
-    momentum = {"momentum": way.momentum} if way.momentum else {}
-    optimizer = OPTIMIZERS[way.rule](model.parameters(), lr=rate, **momentum)  # type: ignore[call-arg]
+    momentum: dict[str, Any] = {"momentum": way.momentum} if way.momentum else {}
+    optimizer = OPTIMIZERS[way.rule](model.parameters(), lr=rate, **momentum)
     generator = torch.Generator().manual_seed(seed)
     target = _as_target(problem.y, model(problem.x[:1]).shape[1], loss)
     size, done, seconds = sum(p.numel() for p in model.parameters()), 0, 0.0

@@ -293,4 +293,6 @@ def describe(row: Row) -> str:
     if row["status"] != "done":
         return text + str(row.get("note", row["status"]))
     accuracy = row.get("svm_accuracy") or row["test_accuracy"]
-    return text + f"loss {row['test_loss']:.6g}{'' if accuracy is None else f', accuracy {accuracy:.2%}'}, {row['seconds']:.1f} s"
+    return (
+        text + f"loss {row['test_loss']:.6g}{'' if accuracy is None else f', accuracy {accuracy:.2%}'}, {row['seconds']:.1f} s"
+    )

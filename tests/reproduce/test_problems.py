@@ -12,7 +12,6 @@ from dante_kernels.reproduce import probes, problems, runs
 from dante_kernels.reproduce.problems import Spec
 
 
-
 def test_pictures_are_cut_enlarged_and_their_own_target(tmp_path):
     generator = np.random.default_rng(0)
     arrays = [generator.integers(0, 256, (6, 3, 3), dtype=np.uint8), np.arange(6, dtype=np.uint8)] * 2
@@ -76,5 +75,3 @@ def test_pictures_show_one_test_row_of_each_class():
     expected = (problem.x_test[[1, 0, 3]].clamp(0, 1) * 255).round().int().tolist()
     assert [list(bytes.fromhex(text)) for text in shown["originals"]] == expected
     assert shown["reconstructions"] == shown["originals"]
-
-

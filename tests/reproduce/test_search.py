@@ -43,7 +43,7 @@ def test_a_search_goes_on_while_the_best_stands_at_the_edge(best, tried):
 
 
 def test_rates_that_diverge_are_never_chosen():
-    assert search_with(lambda i: None if i > -4 else 0.1)[1] == -4
+    assert search_with(lambda i: None if i > -4 else -i)[1] == -4
     tried, chosen, _ = search_with(lambda i: None)
     assert (tried, chosen) == ([-5, -4, -3, -2], None)
 
@@ -122,13 +122,17 @@ def test_rows_survive_an_interruption_and_are_gone_on_from(tmp_path):
     assert {job.key for job in (*first, *second)} == {job.key for job in both}
     assert run_all(TINY, Store(path), third := []) == {}
     assert third == []
-    timeless = [{k: {**r, "seconds": 0, "curve": 0} for k, r in Store(p).rows.items()} for p in (path, tmp_path / "whole.jsonl")]
+    timeless = [
+        {k: {**r, "seconds": 0, "curve": 0} for k, r in Store(p).rows.items()} for p in (path, tmp_path / "whole.jsonl")
+    ]
     assert timeless[0] == timeless[1]
 
 
 def test_final_trainings_use_all_rows_and_another_seed_than_the_search(tmp_path):
     run_all(replace(TINY, methods=TINY.methods[:1]), store := Store(tmp_path / "runs.jsonl"))
-    parts = {part: {row["job"]["seed"] for row in store.rows.values() if row["job"]["part"] == part} for part in ("search", "final")}
+    parts = {
+        part: {row["job"]["seed"] for row in store.rows.values() if row["job"]["part"] == part} for part in ("search", "final")
+    }
     assert parts == {"search": {0}, "final": {1}}
     counts = {part: {row["weights_updated"] for row in store.rows.values() if row["job"]["part"] == part} for part in parts}
     weights = 6 * 5 + 5 + 5 * 3 + 3
