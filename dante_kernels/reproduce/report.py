@@ -17,7 +17,7 @@ weights, with mini-batches of the same size and the same initial weights for the
 is the number of passes over the data that a layer makes in a block. {note}
 """
 NOTES = {
-    False: """**This is a quick run: 6,000 training rows of pictures, few passes and seeds. It shows what works; figures as
+    False: """**This is a quick run: 4,000 training rows of pictures, few passes and seeds. It shows what works; figures as
 published take `--full`.**""",
     True: "Pictures: all training rows, 50 passes, 5 seeds, where an experiment says nothing else.",
 }
