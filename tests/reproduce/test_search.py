@@ -129,14 +129,14 @@ def test_rows_survive_an_interruption_and_are_gone_on_from(tmp_path):
 
 
 def test_final_trainings_use_all_rows_and_another_seed_than_the_search(tmp_path):
-    run_all(replace(TINY, methods=TINY.methods[:1]), store := Store(tmp_path / "runs.jsonl"))
+    run_all(replace(TINY, methods=TINY.methods[:1], batch=5), store := Store(tmp_path / "runs.jsonl"))
     parts = {
         part: {row["job"]["seed"] for row in store.rows.values() if row["job"]["part"] == part} for part in ("search", "final")
     }
     assert parts == {"search": {0}, "final": {1}}
     counts = {part: {row["weights_updated"] for row in store.rows.values() if row["job"]["part"] == part} for part in parts}
     weights = 6 * 5 + 5 + 5 * 3 + 3
-    assert counts == {"search": {5 * math.ceil(34 / 10) * weights}, "final": {5 * math.ceil(40 / 10) * weights}}
+    assert counts == {"search": {5 * math.ceil(34 / 5) * weights}, "final": {5 * math.ceil(40 / 5) * weights}}
 
 
 def test_what_fails_is_said_and_is_tried_again(tmp_path, monkeypatch):
