@@ -168,19 +168,19 @@ def _from_table(spec: Spec, table: Table) -> Problem:
         x, y, x_test, y_test = x[kept], y[kept], x[judged], y[judged]
     x, y, x_test, y_test = x[: spec.rows], y[: spec.rows], x_test[: spec.test_rows], y_test[: spec.test_rows]
     if spec.autoencoder:
-        low, span = x.min(0).values, _not_zero(x.max(0).values - x.min(0).values)
+        low, span = x.min(0).values, _width(x, x.max(0).values - x.min(0).values)
         x, x_test = (x - low) / span, (x_test - low) / span
         return Problem(spec.data, x, x, x_test, x_test, y, y_test)
-    mean, deviation = x.mean(0), _not_zero(x.std(0))
+    mean, deviation = x.mean(0), _width(x, x.std(0))
     x, x_test = (x - mean) / deviation, (x_test - mean) / deviation
     if table.classes:
         return Problem(spec.data, x, y, x_test, y_test)
     return _regression(spec.data, x, y[:, None], x_test, y_test[:, None])
 
 
-def _not_zero(widths: Tensor) -> Tensor:
-    """1 for a column that is the same in all training rows, and would be blown up in a test row that differs."""
-    return torch.where(widths > 0, widths, torch.ones_like(widths))
+def _width(x: Tensor, widths: Tensor) -> Tensor:
+    """The widths of the columns; 1 for one that is the same in all rows, and would be blown up in a test row that differs."""
+    return torch.where(widths > 1e-6 * x.abs().max(0).values, widths, torch.ones_like(widths))
 
 
 def _regression(name: str, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Problem:
