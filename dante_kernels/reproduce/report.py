@@ -91,14 +91,16 @@ def _speed_line(method: Row) -> list[str]:
 
 def _ends(method: Row) -> list[str]:
     weights, seconds = method["mean"]["weights_updated"], method["mean"]["seconds"]
-    return [str(method["runs"]), "" if weights is None else f"{weights:.3g}", "" if seconds is None else f"{seconds:.2f}"]
+    return [str(method["runs"]), "" if weights is None else f"{weights:.3g}", "" if seconds is None else f"{seconds:.3g}"]
 
 
 def _claim_row(claim: Row) -> list[str]:
-    spread = "" if claim["spread"] is None else f" ± {claim['spread']:.2g}"
+    metric = claim["metric"]
+    spread = "" if claim["spread"] is None else f" ± {_value(metric, claim['spread'], digits=2)}"
     return [
-        claim["title"], claim["net"], claim["dante"], claim["sgd"], " / ".join(f"{mean:.4g}" for mean in claim["means"]),
-        f"{claim['gain']:.2g}{spread}", f"{claim['not_worse']} of {claim['seeds']}", "yes" if claim["holds"] else "**no**",
+        claim["title"], claim["net"], claim["dante"], claim["sgd"],
+        " / ".join(_value(metric, mean) for mean in claim["means"]), _value(metric, claim["gain"], digits=2) + spread,
+        f"{claim['not_worse']} of {claim['seeds']}", "yes" if claim["holds"] else "**no**",
     ]  # fmt: skip
 
 
@@ -108,10 +110,15 @@ def verdicts(claims: list[Row]) -> list[str]:
     for pair in dict.fromkeys((claim["dante"], claim["sgd"]) for claim in claims):
         of_pair = [claim for claim in claims if (claim["dante"], claim["sgd"]) == pair]
         fails = [claim for claim in of_pair if not claim["holds"]]
-        where = "; ".join(f"{claim['title']} {claim['net']}" for claim in fails)
+        where = "; ".join(f"{claim['title']} {claim['net']}{_within(claim)}" for claim in fails)
         text = f"`{pair[0]}` against `{pair[1]}`: holds in {len(of_pair) - len(fails)} of {len(of_pair)}"
         lines.append(text + (f"; SGD stays ahead on {where}." if fails else "."))
     return lines
+
+
+def _within(claim: Row) -> str:
+    small = claim["spread"] is not None and abs(claim["gain"]) < claim["spread"]
+    return " (by less than the difference's spread over the seeds)" if small else ""
 
 
 def _with_spread(method: Row, metric: str) -> str:

@@ -101,6 +101,7 @@ def _claim(metric: str, case: Row, ours: str, theirs: str) -> Row | None:
     sign = 1 if metric == "test_loss" else -1
     gains = [sign * (y - x) for x, y in zip(a, b, strict=True)]
     return {
+        "metric": metric,
         "case": case["name"],
         "title": case["title"],
         "net": case["net"],

@@ -102,6 +102,7 @@ def test_a_claim_is_judged_by_the_mean_and_counted_by_seed(ours, theirs, holds, 
         assert (claim["holds"], claim["not_worse"], claim["seeds"]) == (holds, not_worse, 2)
     text = report.verdicts([claim])[0]
     assert ("SGD stays ahead on c n" in text) is not holds
+    assert ("by less than the difference's spread" in text) is not holds
 
 
 @pytest.mark.parametrize("picture", ["widths", "reconstructions"])
