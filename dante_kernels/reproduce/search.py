@@ -28,6 +28,7 @@ from .problems import Spec
 from .runs import Method, Row, train
 
 SEARCH_SEED = 0
+POINTS = 25  # of a curve that are kept in a row
 
 
 def rate_of(index: int) -> float:
@@ -129,9 +130,15 @@ def run_job(job: Job, directory: Path | None) -> Row:
         )  # fmt: skip
     except Exception as error:  # one training must not end all others
         return head | {"status": "failed", "note": " ".join(f"{type(error).__name__}: {error}".split())}
-    if job.part == "search":
-        del row["curve"]
-    return head | row
+    curve = row.pop("curve")
+    return head | row | ({} if job.part == "search" else {"curve": thinned(curve)})
+
+
+def thinned(points: list[Any]) -> list[Any]:
+    """At most `POINTS` of them, evenly chosen, first and last among them."""
+    if len(points) <= POINTS:
+        return points
+    return [points[round(i * (len(points) - 1) / (POINTS - 1))] for i in range(POINTS)]
 
 
 class Store:
@@ -158,7 +165,7 @@ class Store:
         if row["status"] == "failed":
             return
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write("\n" * self.cut + json.dumps(row, allow_nan=False) + "\n")
+            file.write("\n" * self.cut + json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n")
         self.cut = False
 
 

@@ -169,3 +169,10 @@ def test_rows_are_plain_json():
     job = Search(TINY, experiments.FOUR[0], 0).job(0, 1, "final")
     assert json.loads(json.dumps(asdict(job)))["widths"] == [6, 5, 3]
     json.dumps(search.run_job(job, None), allow_nan=False)
+
+
+def test_a_long_curve_keeps_its_ends_and_its_order():
+    assert search.thinned([1, 2, 3]) == [1, 2, 3]
+    kept = search.thinned(list(range(100)))
+    assert (kept[0], kept[-1], len(kept)) == (0, 99, search.POINTS)
+    assert kept == sorted(set(kept))
