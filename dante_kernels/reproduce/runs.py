@@ -68,20 +68,20 @@ PUBLISHED_T = "T = 5, constant rate"
 METHODS = {
     method.name: method
     for method in (
-        Method("dante", f"DANTE as published ({PUBLISHED_T})", -3),
-        Method("dante-heavy", f"DANTE + momentum 0.9 ({PUBLISHED_T})", -5, momentum=0.9),
+        Method("dante", f"DANTE as published ({PUBLISHED_T})", -2),
+        Method("dante-heavy", f"DANTE + momentum 0.9 ({PUBLISHED_T})", -3, momentum=0.9),
         Method(
-            "dante-short", "DANTE in short blocks (20 steps, relative rate, momentum 0.9, cosine)", -5,
+            "dante-short", "DANTE in short blocks (20 steps, relative rate, momentum 0.9, cosine)", -4,
             momentum=0.9, relative_lr=True, lr_schedule="cosine", inner_steps=20,
         ),
-        Method("alternating-sgd", f"plain SGD inside the alternation ({PUBLISHED_T})", -1, rule="sgd"),
+        Method("alternating-sgd", f"plain SGD inside the alternation ({PUBLISHED_T})", 0, rule="sgd"),
         Method("dante-adam", f"Adam inside the alternation ({PUBLISHED_T})", -6, rule="adam"),
         Method("dante-adagrad", f"Adagrad inside the alternation ({PUBLISHED_T})", -4, rule="adagrad"),
         Method("dante-rmsprop", f"RMSProp inside the alternation ({PUBLISHED_T})", -6, rule="rmsprop"),
-        Method("sgd", "SGD (constant rate)", -1, rule="sgd", layerwise=False),
-        Method("sgd-heavy", "SGD + momentum 0.9 (constant rate)", -3, rule="sgd", layerwise=False, momentum=0.9),
+        Method("sgd", "SGD (constant rate)", 0, rule="sgd", layerwise=False),
+        Method("sgd-heavy", "SGD + momentum 0.9 (constant rate)", -1, rule="sgd", layerwise=False, momentum=0.9),
         Method(
-            "sgd-cosine", "SGD + momentum 0.9, cosine", -2,
+            "sgd-cosine", "SGD + momentum 0.9, cosine", -1,
             rule="sgd", layerwise=False, momentum=0.9, lr_schedule="cosine",
         ),
         Method("adam", "SGD + Adam (constant rate)", -6, rule="adam", layerwise=False),

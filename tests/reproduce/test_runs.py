@@ -34,7 +34,7 @@ def test_both_sides_start_from_the_same_weights():
 def test_every_method_learns(name, loss, activation):
     if runs.METHODS[name].rule != "sngd" and runs.METHODS[name].layerwise:
         pytest.importorskip("dante_kernels.training.directions")
-    rate = search.rate_of(runs.METHODS[name].start + (2 if activation == "sigmoid" else 1))
+    rate = search.rate_of(runs.METHODS[name].start + (activation == "sigmoid"))
     row = runs.train(blobs(), (4, 12, 3), activation, loss, name, rate, 0, 40, batch_size=5)
     assert row["status"] == "done"
     assert row["test_accuracy"] > 0.8

@@ -33,19 +33,19 @@ def test_rates_are_1_and_3_times_powers_of_ten():
 
 
 def test_the_rate_with_the_least_held_out_loss_is_chosen():
-    assert search_with(lambda i: abs(i + 3)) == ([-4, -3, -2], -3, False)
+    assert search_with(lambda i: abs(i + 2)) == ([-3, -2, -1], -2, False)
 
 
-@pytest.mark.parametrize(("best", "tried"), [(-5, [-6, -5, -4, -3, -2]), (-1, [-4, -3, -2, -1, 0])])
+@pytest.mark.parametrize(("best", "tried"), [(-4, [-5, -4, -3, -2, -1]), (0, [-3, -2, -1, 0, 1])])
 def test_a_search_goes_on_while_the_best_stands_at_the_edge(best, tried):
     assert search_with(lambda i: abs(i - best), replace(TINY, most=6)) == (tried, best, False)
     assert search_with(lambda i: abs(i - best), replace(TINY, most=4))[2] is True
 
 
 def test_rates_that_diverge_are_never_chosen():
-    assert search_with(lambda i: None if i > -4 else -i)[1] == -4
+    assert search_with(lambda i: None if i > -3 else -i)[1] == -3
     tried, chosen, _ = search_with(lambda i: None)
-    assert (tried, chosen) == ([-5, -4, -3, -2], None)
+    assert (tried, chosen) == ([-4, -3, -2, -1], None)
 
 
 def test_every_method_is_searched_with_as_many_rates():
