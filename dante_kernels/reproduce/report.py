@@ -36,6 +36,7 @@ def page(name: str, summaries: list[Row]) -> str:
 def _section(summary: Row) -> str:
     parts = [f"## {summary['title']}\n", f"{summary['source']}; `dante reproduce {summary['name']}`.\n", summary["text"], ""]
     parts += _table(_HEADS[summary["metric"]], [row for case in summary["cases"] for row in _rows(summary["metric"], case)])
+    parts += [text for case in summary["cases"] if (text := _nothing_learnt(case))]
     if summary["claims"]:
         parts += [
             "",
@@ -119,6 +120,14 @@ def verdicts(claims: list[Row]) -> list[str]:
 def _within(claim: Row) -> str:
     small = claim["spread"] is not None and abs(claim["gain"]) < claim["spread"]
     return " (by less than the difference's spread over the seeds)" if small else ""
+
+
+def _nothing_learnt(case: Row) -> str | None:
+    """Where no method does better than the training rows' mean, a figure says nothing of the methods."""
+    known = [(m["mean"]["test_loss"], m["mean"]["baseline"]) for m in case["methods"] if m["status"] == "done"]
+    if not known or any(base is None or loss < base for loss, base in known):
+        return None
+    return f"\nOn {case['title']} {case['net']} no method is better than answering with the training rows' mean."
 
 
 def _with_spread(method: Row, metric: str) -> str:

@@ -236,3 +236,10 @@ def test_ctrl_c_ends_the_processes_and_keeps_what_is_done(tmp_path):
     assert "the same command goes on" in err
     assert "Traceback" not in err
     assert len(Store(rows).rows) >= 2
+
+
+@pytest.mark.parametrize(("losses", "said"), [((0.2, 0.1), True), ((0.2, 0.09), False)])
+def test_it_is_said_where_nothing_was_learnt(losses, said):
+    methods = [{"status": "done", "mean": {"test_loss": loss, "baseline": 0.1}} for loss in losses]
+    text = report._nothing_learnt({"title": "c", "net": "n", "methods": methods})
+    assert (text is not None) is said
