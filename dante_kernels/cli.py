@@ -1,4 +1,5 @@
-"""The command `dante`: train a network on a data set and save it, and say what is installed here; cli_bench.py has the rest.
+"""The command `dante`: train a network on a data set and save it, and say what is installed here; cli_bench.py and
+cli_reproduce.py have the rest.
 
 typer, rich, safetensors and pooch come with the extra ``cli``, scikit-learn with ``sklearn``. A command that lacks one
 says which extra to install. What a user can get wrong is answered by one line on stderr: exit status 2 for options that
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from . import cli_bench
+from . import cli_bench, cli_reproduce
 
 with contextlib.suppress(ImportError):  # `main` says what to install
     import typer
@@ -56,6 +57,7 @@ def main() -> None:
     app.callback()(_dante)
     app.command()(train)
     app.command()(info)
+    app.command()(cli_reproduce.reproduce)
     app.command(context_settings=cli_bench.SETTINGS)(cli_bench.bench)
     app()
 

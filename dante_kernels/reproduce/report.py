@@ -1,0 +1,151 @@
+"""A page of Markdown from summaries; no figure in it is typed by hand."""
+
+from __future__ import annotations
+
+from .runs import Row
+from .summary import failures
+
+HEAD = """# The papers' experiments, run again
+
+Made by `dante reproduce {name} --{scale}`; {made_by}. Do not edit: the text is in `dante_kernels/reproduce/`.
+
+For every method the learning rate is searched in the same way: {grid} rates, 1 and 3 times powers of ten, around the method's
+start, trained on 85 % of the training rows with seed 0 and judged on the other 15 %, and further ones while the best stands at
+the edge; `!` behind a rate says that it still does. The figures are those of other seeds, trained on all training rows and
+judged on the test rows, which no choice has seen: mean ± standard deviation. All methods of a case update the same number of
+weights, with mini-batches of the same size and the same initial weights for the same seed (torch's own initialisation). "T"
+is the number of passes over the data that a layer makes in a block. {note}
+"""
+NOTES = {
+    False: """**This is a quick run: 4,000 training rows of pictures, few passes and seeds. It shows what works; figures as
+published take `--full`.**""",
+    True: "Pictures: all training rows, 50 passes, 5 seeds, where an experiment says nothing else.",
+}
+
+
+def page(name: str, summaries: list[Row]) -> str:
+    """The page of some experiments, all of one scale."""
+    full = summaries[0]["full"]
+    made_by = "; ".join(sorted({text for s in summaries for text in s["made_by"]})) or "no training was done"
+    head = HEAD.format(
+        name=name, scale="full" if full else "quick", made_by=made_by, note=NOTES[full], grid="five" if full else "three"
+    )
+    return "\n".join([head, *(_section(summary) for summary in summaries)])
+
+
+def _section(summary: Row) -> str:
+    parts = [f"## {summary['title']}\n", f"{summary['source']}; `dante reproduce {summary['name']}`.\n", summary["text"], ""]
+    parts += _table(_HEADS[summary["metric"]], [row for case in summary["cases"] for row in _rows(summary["metric"], case)])
+    parts += [text for case in summary["cases"] if (text := _nothing_learnt(case))]
+    if summary["claims"]:
+        parts += [
+            "",
+            "The claim that DANTE is at least as good:",
+            "",
+            *_table(_CLAIM_HEAD, list(map(_claim_row, summary["claims"]))),
+        ]
+        parts += ["", *(f"- {line}" for line in verdicts(summary["claims"]))]
+    if summary["picture"] and any(case["methods"] and not case["speed_only"] for case in summary["cases"]):
+        parts += ["", f"![{summary['title']}](reproduction/{summary['name']}.png)"]
+    parts += ["", *(f"Failed: {text}" for text in failures(summary))]
+    return "\n".join(parts)
+
+
+_START, _END = ("data", "net", "method", "rate"), ("without learning", "seeds", "weights updated", "seconds")
+_HEADS = {
+    "test_loss": (*_START, "published test loss", "test loss", "test accuracy", *_END),
+    "svm_accuracy": (*_START, "published accuracy", "SVM accuracy", "test loss", *_END),
+}
+_CLAIM_HEAD = ("data", "net", "DANTE", "the other", "means", "DANTE better by", "seeds not worse", "holds")
+
+
+def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    """A table without the columns that are empty in every row."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    lines = (head, ["---"] * len(head), *rows)
+    return [f"| {' | '.join(cells[i] for i in kept)} |" for cells in lines]
+
+
+def _rows(metric: str, case: Row) -> list[list[str]]:
+    """A case's lines in the table: one for each method, or one that says why there is none."""
+    start = [case["title"], case["net"]]
+    empty = [""] * (len(_HEADS[metric]) - 3)
+    if case["absent"]:
+        return [[*start, f"data absent: {_escaped(case['absent'])}", *empty]]
+    return [start + (_speed_line(m) if case["speed_only"] else _line(metric, m)) for m in case["methods"]]
+
+
+def _line(metric: str, method: Row) -> list[str]:
+    first, second = ("svm_accuracy", "test_loss") if metric == "svm_accuracy" else ("test_loss", "test_accuracy")
+    published = [_value(f["metric"], f["value"], digits=6) + _in_brackets(f["setting"]) for f in method["published"]]
+    mean = method["mean"]
+    middle = [_with_spread(method, first), _with_spread(method, second), _value("baseline", mean["baseline"])]
+    if method["status"] != "done":
+        middle = [method["status"], "", ""]
+    rates = ", ".join(f"{rate:g}" for rate in method["rates"]) + ("!" if method["edge"] else "")
+    return [method["title"], rates, "; ".join(published), *middle, *_ends(method)]
+
+
+def _speed_line(method: Row) -> list[str]:
+    return [method["title"], "", "", "speed only" if method["status"] == "done" else method["status"], "", "", *_ends(method)]
+
+
+def _ends(method: Row) -> list[str]:
+    weights, seconds = method["mean"]["weights_updated"], method["mean"]["seconds"]
+    return [str(method["runs"]), "" if weights is None else f"{weights:.3g}", "" if seconds is None else f"{seconds:.3g}"]
+
+
+def _claim_row(claim: Row) -> list[str]:
+    metric = claim["metric"]
+    spread = "" if claim["spread"] is None else f" ± {_value(metric, claim['spread'], digits=2)}"
+    return [
+        claim["title"], claim["net"], claim["dante"], claim["sgd"],
+        " / ".join(_value(metric, mean) for mean in claim["means"]), _value(metric, claim["gain"], digits=2) + spread,
+        f"{claim['not_worse']} of {claim['seeds']}", "yes" if claim["holds"] else "**no**",
+    ]  # fmt: skip
+
+
+def verdicts(claims: list[Row]) -> list[str]:
+    """In words, a line for each pair of methods: where DANTE is at least as good, and by name where it is not."""
+    lines = []
+    for pair in dict.fromkeys((claim["dante"], claim["sgd"]) for claim in claims):
+        of_pair = [claim for claim in claims if (claim["dante"], claim["sgd"]) == pair]
+        fails = [claim for claim in of_pair if not claim["holds"]]
+        where = "; ".join(f"{claim['title']} {claim['net']}{_within(claim)}" for claim in fails)
+        text = f"`{pair[0]}` against `{pair[1]}`: holds in {len(of_pair) - len(fails)} of {len(of_pair)}"
+        lines.append(text + (f"; the other stays ahead on {where}." if fails else "."))
+    return lines
+
+
+def _within(claim: Row) -> str:
+    small = claim["spread"] is not None and abs(claim["gain"]) < claim["spread"]
+    return " (by less than the difference's spread over the seeds)" if small else ""
+
+
+def _nothing_learnt(case: Row) -> str | None:
+    """Where no method does better than the training rows' mean, a figure says nothing of the methods."""
+    known = [(m["mean"]["test_loss"], m["mean"]["baseline"]) for m in case["methods"] if m["status"] == "done"]
+    if not known or any(base is None or loss < base for loss, base in known):
+        return None
+    return f"\nOn {case['title']} {case['net']} no method is better than answering with the training rows' mean."
+
+
+def _with_spread(method: Row, metric: str) -> str:
+    spread = method["spread"][metric]
+    return _value(metric, method["mean"][metric]) + ("" if spread is None else f" ± {_value(metric, spread, digits=2)}")
+
+
+def _value(metric: str, value: float | None, digits: int = 4) -> str:
+    if value is None:
+        return ""
+    if metric in ("test_accuracy", "svm_accuracy"):
+        return f"{100 * value:.2f} %"
+    return f"{value:.{digits}g}"
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,305 @@
+"""Choosing a rate for every method in the same way, and running many trainings side by side, so that a broken run goes on.
+
+The rates are 1 and 3 times the powers of ten. A search tries some around the method's start on one seed, trained on a part of
+the training rows and judged on the rest of them, and goes on at the edge while the best lies there. The final trainings use
+the chosen rate on all training rows, other seeds, and are judged on the test rows. What to do next is computed from the rows
+that are there, so a second start goes on where the first one ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dante_kernels as dk
+
+from . import probes, problems
+from .problems import Spec
+from .runs import Method, Row, train
+
+SEARCH_SEED = 0
+POINTS = 25  # of a curve that are kept in a row
+
+
+def rate_of(index: int) -> float:
+    """The rates by their index: 0 is 1, 1 is 3, 2 is 10, -1 is 0.3 and so on."""
+    return float(f"{(1, 3)[index % 2]}e{index // 2}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One net on one data set, trained by several methods.
+
+    Attributes:
+        name: the case's name in `published.FIGURES` where it has one there; unique within its experiment.
+        title: for the page.
+        spec: the data; its split is replaced by each of `splits`.
+        widths, activation, loss, epochs, batch, output: as for `runs.train`.
+        methods: of this case, by unique names.
+        seeds: of the final trainings.
+        splits: of the rows; with more than one, each has its own search and one final training, whose seed is the split.
+        rates, most: how many rates a search begins with, and how many it tries at most.
+        shift: added to `start` of the methods whose step follows the gradient's length, which follows the loss's factor.
+        probe: name of a function in `probes` that adds to a final training's row.
+        speed_only: no search: one training at the first rate, of which only the seconds mean something.
+    """
+
+    name: str
+    title: str
+    spec: Spec
+    widths: tuple[int, ...]
+    methods: tuple[Method, ...]
+    epochs: int
+    activation: str = "leaky_relu"
+    loss: str = "mse"
+    batch: int = 100
+    output: str | None = None
+    seeds: tuple[int, ...] = (1,)
+    splits: tuple[int, ...] = (0,)
+    rates: int = 3
+    most: int = 6
+    shift: int = 0
+    probe: str | None = None
+    speed_only: bool = False
+
+    @property
+    def net(self) -> str:
+        """The widths as text."""
+        return "-".join(map(str, self.widths))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: all that its row depends on, apart from where the files lie."""
+
+    spec: Spec
+    widths: tuple[int, ...]
+    activation: str
+    loss: str
+    output: str | None
+    method: Method
+    rate: float
+    seed: int
+    epochs: int
+    batch: int
+    part: str  # "search" or "final"
+    probe: str | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All of it but what the method is called on a page."""
+        content = asdict(self)
+        for name in ("name", "title", "start"):
+            del content["method"][name]
+        return content
+
+    @property
+    def key(self) -> str:
+        """The same for the same training."""
+        return _key(self.settings)
+
+
+def _key(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+def run_job(job: Job, directory: Path | None) -> Row:
+    """A job's row; whatever goes wrong in it becomes a row of the status ``"failed"`` that says what."""
+    head = {
+        "method": job.method.name,
+        "made_by": f"dante_kernels {dk.__version__}, torch {torch.__version__}",
+        "job": job.settings,
+    }
+    try:
+        problem = problems.load(job.spec, directory)
+        if job.part == "search":
+            problem = problems.for_search(problem, job.spec.split)
+        row = train(
+            problem, job.widths, job.activation, job.loss, job.method, job.rate, job.seed, job.epochs,
+            batch_size=job.batch, output=job.output, probe=probes.PROBES[job.probe] if job.probe else None,
+        )  # fmt: skip
+    except Exception as error:  # one training must not end all others
+        return head | {"status": "failed", "note": " ".join(f"{type(error).__name__}: {error}".split())}
+    curve = row.pop("curve")
+    return head | row | ({} if job.part == "search" else {"curve": thinned(curve)})
+
+
+def thinned(points: list[Any]) -> list[Any]:
+    """At most `POINTS` of them, evenly chosen, first and last among them."""
+    if len(points) <= POINTS:
+        return points
+    return [points[round(i * (len(points) - 1) / (POINTS - 1))] for i in range(POINTS)]
+
+
+class Store:
+    """Rows by their jobs' keys, in a file of one JSON object a line that only grows.
+
+    Args:
+        path: the file; its rows are read where it exists. A last line that was cut short, or one that is no row, is passed
+            over and its job is done again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, Row] = {}
+        content = path.read_text(encoding="utf-8") if path.exists() else ""
+        for line in content.splitlines():
+            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+                row = json.loads(line)
+                self.rows[_key(row["job"])] = row
+        self.cut = bool(content) and not content.endswith("\n")
+
+    def add(self, row: Row) -> None:
+        """Keep a row; one that failed only until the end of this run."""
+        self.rows[_key(row["job"])] = row
+        if row["status"] == "failed":
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("\n" * self.cut + json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n")
+        self.cut = False
+
+
+@dataclass(frozen=True)
+class Search:
+    """The trainings of one method on one split of a case."""
+
+    case: Case
+    method: Method
+    split: int
+
+    def job(self, index: int, seed: int, part: str) -> Job:
+        """The training at a rate's index."""
+        case = self.case
+        spec = Spec(**{**asdict(case.spec), "split": self.split})
+        return Job(
+            spec, case.widths, case.activation, case.loss, case.output, self.method, rate_of(index), seed, case.epochs,
+            case.batch, part, case.probe if part == "final" else None,
+        )  # fmt: skip
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the final trainings."""
+        return self.case.seeds if len(self.case.splits) == 1 else (self.split,)
+
+    def state(self, rows: dict[str, Row]) -> tuple[list[Job], int | None, bool]:
+        """(trainings to do next, the chosen rate's index or None, whether it stands at the edge of what was tried)."""
+        first = self.method.start + (self.case.shift if self.method.rule == "sgd" else 0)
+        if self.case.speed_only:
+            return self._missing([self.job(first, seed, "final") for seed in self.seeds], rows), first, False
+        half = self.case.rates // 2
+        tried = list(range(first - half, first - half + self.case.rates))
+        while True:
+            jobs = {index: self.job(index, SEARCH_SEED, "search") for index in tried}
+            if missing := self._missing(jobs.values(), rows):
+                return missing, None, False
+            best = min(tried, key=lambda index: (_badness(rows[jobs[index].key]), index))
+            edge = best in (min(tried), max(tried))
+            if not edge or len(tried) >= self.case.most:
+                break
+            tried.append(best - 1 if best == min(tried) else best + 1)
+        if not math.isfinite(_badness(rows[jobs[best].key])):
+            return [], None, False
+        return self._missing([self.job(best, seed, "final") for seed in self.seeds], rows), best, edge
+
+    @staticmethod
+    def _missing(jobs: Iterable[Job], rows: dict[str, Row]) -> list[Job]:
+        return [job for job in jobs if job.key not in rows]
+
+
+def _badness(row: Row) -> float:
+    loss = row.get("test_loss")
+    return math.inf if loss is None else float(loss)
+
+
+def searches(case: Case) -> list[Search]:
+    """All that a case is made of, in the order of its methods."""
+    return [Search(case, method, split) for method in case.methods for split in case.splits]
+
+
+Runner = Callable[[list[Job]], Iterator[Row]]
+
+
+@contextlib.contextmanager
+def workers(count: int, directory: Path | None) -> Iterator[Runner]:
+    """What runs jobs and gives their rows as they end: in `count` processes of one thread each, or in this one where it is 1.
+
+    Left by an exception, such as Ctrl-C, trainings in progress are ended and no row is made of them.
+    """
+    if count == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield lambda jobs: (run_job(job, directory) for job in jobs)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=_begin_worker) as pool:
+
+        def run(jobs: list[Job]) -> Iterator[Row]:
+            for done in as_completed([pool.submit(run_job, job, directory) for job in jobs]):
+                yield done.result()
+
+        try:
+            yield run
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    torch.set_num_threads(1)
+
+
+def complete(
+    cases: list[Case], store: Store, run: Runner, directory: Path | None, say: Callable[[str], Any]
+) -> dict[tuple[str, int], str]:
+    """Do all trainings of these cases that are not in the store yet.
+
+    Returns:
+        Why there is no data for a case and split; without these, all rows are there afterwards.
+    """
+    every = [search for case in cases for search in searches(case)]
+    absent: dict[tuple[str, int], str] = {}
+    while True:
+        wanted: dict[str, Job] = {}
+        for search in every:
+            if (search.case.name, search.split) in absent:
+                continue
+            jobs = search.state(store.rows)[0]
+            reason = problems.why_absent(jobs[0].spec, directory) if jobs else None
+            if reason is not None:
+                absent[search.case.name, search.split] = reason
+                continue
+            wanted |= {job.key: job for job in jobs}
+        if not wanted:
+            return absent
+        for number, row in enumerate(run(list(wanted.values())), 1):
+            store.add(row)
+            say(f"{number}/{len(wanted)} {describe(row)}")
+
+
+def describe(row: Row) -> str:
+    """A row in a line."""
+    job = row["job"]
+    net = "-".join(map(str, job["widths"]))
+    text = f"{job['spec']['data']} {net} {row['method']} rate {job['rate']:g} seed {job['seed']} ({job['part']}): "
+    if row["status"] != "done":
+        return text + str(row.get("note", row["status"]))
+    accuracy = row.get("svm_accuracy") or row["test_accuracy"]
+    return (
+        text + f"loss {row['test_loss']:.6g}{'' if accuracy is None else f', accuracy {accuracy:.2%}'}, {row['seconds']:.1f} s"
+    )

@@ -1,0 +1,126 @@
+"""What an experiment's rows come to: means and spreads over the seeds, beside what was published. Fit for JSON."""
+
+from __future__ import annotations
+
+import statistics
+
+from . import published
+from .experiments import PAIRS, Experiment
+from .runs import Row
+from .search import Case, Search, Store, rate_of
+
+METRICS = ("test_loss", "test_accuracy", "svm_accuracy", "train_loss", "baseline", "seconds", "weights_updated")
+
+
+def summarise(experiment: Experiment, full: bool, store: Store, absent: dict[tuple[str, int], str]) -> Row:
+    """All that a page says of an experiment.
+
+    Args:
+        experiment: with its cases.
+        full: the scale.
+        store: the rows.
+        absent: why there is no data for a case and split, from `search.complete`.
+    """
+    cases = [_case(experiment, case, store, absent) for case in experiment.cases]
+    return {
+        "name": experiment.name,
+        "title": experiment.title,
+        "source": experiment.source,
+        "text": experiment.text,
+        "metric": experiment.metric,
+        "picture": experiment.picture,
+        "full": full,
+        "made_by": sorted({method["made_by"] for case in cases for method in case["methods"] if method["made_by"]}),
+        "cases": cases,
+        "claims": [claim for case in cases for pair in PAIRS if (claim := _claim(experiment.metric, case, *pair))],
+    }
+
+
+def _case(experiment: Experiment, case: Case, store: Store, absent: dict[tuple[str, int], str]) -> Row:
+    why = next((absent[case.name, split] for split in case.splits if (case.name, split) in absent), None)
+    return {
+        "name": case.name,
+        "title": case.title,
+        "net": case.net,
+        "rows": case.spec.rows,
+        "epochs": case.epochs,
+        "batch": case.batch,
+        "speed_only": case.speed_only,
+        "absent": why,
+        "methods": [] if why else [_method(experiment.name, case, index, store) for index in range(len(case.methods))],
+    }
+
+
+def _method(experiment: str, case: Case, index: int, store: Store) -> Row:
+    """A method's final trainings; those that diverged or failed count in `runs`, and their means are None."""
+    method = case.methods[index]
+    rows, rates, edges = [], [], []
+    for split in case.splits:
+        search = Search(case, method, split)
+        _, chosen, edge = search.state(store.rows)
+        edges.append(edge)
+        if chosen is not None:
+            rates.append(rate_of(chosen))
+            rows += [store.rows[search.job(chosen, seed, "final").key] for seed in search.seeds]
+    bad = [row for row in rows if row["status"] != "done"]
+    good = not bad and len(rates) == len(case.splits)
+    values = {metric: [row[metric] for row in rows if row.get(metric) is not None] if good else [] for metric in METRICS}
+    return {
+        "method": method.name,
+        "title": method.title,
+        "rates": sorted(set(rates)),
+        "edge": any(edges),
+        "runs": len(rows),
+        "status": "done" if good else bad[0]["status"] if bad else "diverged",
+        "note": next((row["note"] for row in bad if "note" in row), _first_note(case, index, store) if not rates else ""),
+        "values": values,
+        "mean": {metric: statistics.fmean(v) if v else None for metric, v in values.items()},
+        "spread": {metric: statistics.stdev(v) if len(v) > 1 else None for metric, v in values.items()},
+        "curve": rows[0]["curve"] if good and rows else [],
+        "pictures": {key: rows[0][key] for key in ("originals", "reconstructions") if good and key in rows[0]},
+        "made_by": rows[0]["made_by"] if rows else "",
+        "published": [f._asdict() for m in METRICS for f in published.of(experiment, case.name, method.name, m)],
+    }
+
+
+def _first_note(case: Case, index: int, store: Store) -> str:
+    """Why no rate of a search could be trained with, where it was no divergence."""
+    search = Search(case, case.methods[index], case.splits[0])
+    rows = (store.rows.get(search.job(i, 0, "search").key, {}) for i in range(-40, 40))
+    return next((row["note"] for row in rows if "note" in row), "")
+
+
+def _claim(metric: str, case: Row, ours: str, theirs: str) -> Row | None:
+    """Whether DANTE is at least as good as its SGD in the experiment's metric: the mean, and seed by seed."""
+    by_name = {method["method"]: method for method in case["methods"]}
+    if case["speed_only"] or ours not in by_name or theirs not in by_name:
+        return None
+    a, b = by_name[ours]["values"][metric], by_name[theirs]["values"][metric]
+    if not a or len(a) != len(b):
+        return None
+    sign = 1 if metric == "test_loss" else -1
+    gains = [sign * (y - x) for x, y in zip(a, b, strict=True)]
+    return {
+        "metric": metric,
+        "case": case["name"],
+        "title": case["title"],
+        "net": case["net"],
+        "dante": ours,
+        "sgd": theirs,
+        "means": [statistics.fmean(a), statistics.fmean(b)],
+        "gain": statistics.fmean(gains),
+        "spread": statistics.stdev(gains) if len(gains) > 1 else None,
+        "seeds": len(gains),
+        "not_worse": sum(gain >= 0 for gain in gains),
+        "holds": statistics.fmean(gains) >= 0,
+    }
+
+
+def failures(summary: Row) -> list[str]:
+    """What went wrong in an experiment, other than absent data and rates that were too high."""
+    return [
+        f"{case['title']} {case['net']}, {method['title']}: {method['note']}"
+        for case in summary["cases"]
+        for method in case["methods"]
+        if method["note"]
+    ]

@@ -1,0 +1,245 @@
+"""The pages: what they say is what the rows say, published figures are the papers', and the command writes them."""
+
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import test_cli
+from support_reproduce import TINY, write_ccpp
+
+from dante_kernels import data
+from dante_kernels.reproduce import experiments, main, plots, published, report, search, summary
+from dante_kernels.reproduce.problems import Spec
+from dante_kernels.reproduce.search import Store
+
+dante = test_cli.dante
+in_a_directory_of_its_own = test_cli.in_a_directory_of_its_own
+PUBLISHED = pathlib.Path(__file__).parents[3] / "shared" / "PUBLISHED.md"
+
+
+# Pages
+
+
+@pytest.fixture
+def tiny_experiment(monkeypatch):
+    """An experiment of two cases, one without data, and one of speed alone, in the place of all others."""
+    cases = (
+        replace(TINY, seeds=(1, 2)),
+        replace(TINY, name="away", title="away", spec=Spec("cifar10")),
+        replace(
+            TINY, name="speed", title="random rows, for speed only", speed_only=True, epochs=1, methods=experiments.FOUR[2:]
+        ),
+    )
+    made = experiments.Experiment("mlp", "Tiny nets", "nowhere", "Nothing was chosen.", cases)
+    monkeypatch.setattr(main, "EXPERIMENTS", {"mlp": lambda scale: made})
+    monkeypatch.delenv(data.CACHE_VARIABLE, raising=False)
+    return made
+
+
+def test_a_page_says_what_its_summary_says(tiny_experiment, tmp_path):
+    pytest.importorskip("matplotlib")
+    page, _ = main.reproduce("all", full=False, directory=tmp_path, output=tmp_path, jobs=1, say=lambda line: None)
+    assert page == tmp_path / "reproduction.md"
+    found = json.loads((tmp_path / "mlp.json").read_text())
+    rows = list(Store(tmp_path / "runs.jsonl").rows.values())
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| tiny | 6-5-3 |")]
+    methods = found["cases"][0]["methods"]
+    assert len(lines) == len(methods) + len(found["claims"])
+    for line, method in zip(lines, methods, strict=False):
+        losses = [r["test_loss"] for r in rows if r["job"]["part"] == "final" and r["method"] == method["method"]]
+        losses = (
+            losses[:2] if method["method"] in ("dante", "sgd") else [v for v in losses if v in method["values"]["test_loss"]]
+        )
+        assert sorted(method["values"]["test_loss"]) == sorted(losses)
+        mean, spread = np.mean(losses), np.std(losses, ddof=1)
+        assert f"| {mean:.4g} ± {spread:.2g} |" in line
+        assert f"| {method['rates'][0]:g}{'!' * method['edge']} |" in line
+    assert (tmp_path / "reproduction" / "mlp.png").read_bytes()[:4] == b"\x89PNG"
+    assert "](reproduction/mlp.png)" in page.read_text()
+
+
+def test_absent_data_is_a_line_that_says_so_and_no_number(tiny_experiment, tmp_path):
+    page, found = main.reproduce("mlp", full=False, directory=tmp_path / "no", output=tmp_path, jobs=1, say=lambda line: None)
+    (line,) = [line for line in page.read_text().splitlines() if line.startswith("| away |")]
+    assert "data absent: no cifar10/data_batch_1.bin" in line
+    assert str(tmp_path) not in page.read_text()
+    assert not re.search(r"\| *\d", line.split("data absent")[1])
+    assert found[0]["cases"][1]["methods"] == []
+    assert summary.failures(found[0]) == []
+
+
+def test_random_rows_have_seconds_and_no_quality(tiny_experiment, tmp_path):
+    page, _ = main.reproduce("mlp", full=False, directory=None, output=tmp_path, jobs=1, say=lambda line: None)
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| random rows, for speed only |")]
+    assert len(lines) == 2
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert [cell for cell in cells[3:-3] if cell] == ["speed only"]
+        assert float(cells[-1]) > 0
+
+
+@pytest.mark.parametrize(("ours", "theirs", "holds", "not_worse"), [((1, 3), (2, 3), True, 2), ((1, 4), (2, 2), False, 1)])
+def test_a_claim_is_judged_by_the_mean_and_counted_by_seed(ours, theirs, holds, not_worse):
+    def method(name, values):
+        return {"method": name, "values": {"test_loss": values, "svm_accuracy": [-v for v in values]}}
+
+    case = {
+        "name": "c",
+        "title": "c",
+        "net": "n",
+        "speed_only": False,
+        "methods": [method("dante", ours), method("sgd", theirs)],
+    }
+    for metric in ("test_loss", "svm_accuracy"):
+        claim = summary._claim(metric, case, "dante", "sgd")
+        assert (claim["holds"], claim["not_worse"], claim["seeds"]) == (holds, not_worse, 2)
+    text = report.verdicts([claim])[0]
+    assert ("the other stays ahead on c n" in text) is not holds
+    assert ("by less than the difference's spread" in text) is not holds
+
+
+@pytest.mark.parametrize("picture", ["widths", "reconstructions"])
+def test_the_other_pictures_are_drawn(tmp_path, picture):
+    pytest.importorskip("matplotlib")
+    method = {
+        "method": "dante", "status": "done", "mean": {"test_loss": 0.1}, "spread": {"test_loss": None}, "curve": [],
+        "pictures": {"originals": ["00ff10ff"] * 2, "reconstructions": ["00ff10ff"] * 2},
+    }  # fmt: skip
+    case = {"title": "c", "net": "4-3-4", "speed_only": False, "methods": [method]}
+    found = {"name": "x", "picture": picture, "cases": [case]}
+    assert plots.draw(found, tmp_path).read_bytes()[:4] == b"\x89PNG"
+    assert plots.draw({**found, "cases": [{**case, "methods": []}]}, tmp_path) is None
+
+
+# What the experiments are made of
+
+
+def test_published_figures_are_those_of_the_papers():
+    def values(*wanted):
+        return [figure.value for figure in published.of(*wanted)]
+
+    assert values("table1", "mnist", "dante-heavy", "test_loss") == [0.020816]
+    assert values("table2", "mnist", "alternating-sgd", "test_loss") == [0.032912, 0.044911, 0.035567]
+    assert values("table3", "ccpp", "sgd", "test_loss") == [0.0003009]
+    assert values("table4", "svmguide4", "dante", "svm_accuracy") == [0.8765]
+    assert values("table4", "ionosphere", "sgd", "svm_accuracy") == [0.9622]
+    assert values("mlp", "mnist", "dante", "test_loss") == []
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the papers' figures are not beside this checkout")
+def test_every_published_figure_stands_in_the_list_of_the_papers():
+    text = PUBLISHED.read_text(encoding="utf-8")
+    for figure in published.FIGURES:
+        shown = f"{100 * figure.value:.4g}" if figure.metric == "svm_accuracy" else f"{figure.value:.7f}"
+        assert re.search(rf"\b{re.escape(shown.rstrip('0'))}0*\b", text), figure
+
+
+def test_every_published_figure_has_its_row():
+    for full in (False, True):
+        made = {name: make(experiments.Scale(full)) for name, make in experiments.EXPERIMENTS.items()}
+        for figure in published.FIGURES:
+            cases = {case.name: case for case in made[figure.experiment].cases}
+            assert figure.method in {method.name for method in cases[figure.case].methods}, figure
+
+
+def test_experiments_hold_together():
+    for full in (False, True):
+        for name, make in experiments.EXPERIMENTS.items():
+            made = make(experiments.Scale(full))
+            assert made.name == name
+            names = [case.name for case in made.cases]
+            assert len(set(names)) == len(names)
+            for case in made.cases:
+                assert len({method.name for method in case.methods}) == len(case.methods)
+                assert search.SEARCH_SEED not in (*case.seeds, *(case.splits if len(case.splits) > 1 else ()))
+                for method in case.methods:
+                    assert method.inner_steps or not method.layerwise or case.epochs % method.inner_epochs == 0, (
+                        name,
+                        case.name,
+                    )
+                if full and name in ("table3", "table4"):
+                    assert max(len(case.seeds), len(case.splits)) >= 5
+
+
+# The command
+
+
+def test_the_command_writes_a_page_and_goes_on_from_its_rows(dante, tiny_experiment, monkeypatch):
+    pytest.importorskip("matplotlib")
+    status, out, err = dante("reproduce", "mlp", "--jobs", 1, "--output", "here")
+    assert status == 0
+    assert out.splitlines()[-1] == str(pathlib.Path("here/mlp.md"))
+    assert "`dante` against `sgd`: holds in" in out
+    assert "tiny" in pathlib.Path("here/mlp.md").read_text() or "6-5-3" in pathlib.Path("here/mlp.md").read_text()
+    assert err.count("\n") == len(pathlib.Path("here/runs.jsonl").read_text().splitlines())
+    page = pathlib.Path("here/mlp.md").read_bytes()
+    assert dante("reproduce", "mlp", "--jobs", 1, "--output", "here", "--quiet") == (0, "here/mlp.md\n", "")
+    assert pathlib.Path("here/mlp.md").read_bytes() == page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("table9", "name: expected all or one of mlp, sigmoid, cross-entropy"),
+        ("mlp --jobs 0", "--jobs: expected at least 1, got 0"),
+        ("mlp --data-dir nowhere", "--data-dir: expected a folder that is there, got 'nowhere'"),
+        ("mlp --output file", "--output: expected a folder, got 'file'"),
+    ],
+)
+def test_a_mistake_is_answered_by_one_line(dante, arguments, says):
+    pathlib.Path("file").write_text("")
+    status, out, err = dante("reproduce", *arguments.split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+
+
+def test_what_fails_ends_with_status_1_and_a_page(dante, tiny_experiment, monkeypatch):
+    real = search.train
+
+    def fail(*arguments, **settings):
+        if not arguments[4].layerwise:
+            raise RuntimeError("no luck")
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(search, "train", fail)
+    status, _, err = dante("reproduce", "mlp", "--jobs", 1, "--output", "here", "--quiet")
+    assert status == 1
+    assert "SGD (constant rate): RuntimeError: no luck" in err
+    assert "Failed: tiny 6-5-3, SGD (constant rate)" in pathlib.Path("here/mlp.md").read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_ends_the_processes_and_keeps_what_is_done(tmp_path):
+    command = [sys.executable, "-m", "dante_kernels.cli", "reproduce", "table3", "--jobs", "2", "--output", str(tmp_path)]
+    write_ccpp(tmp_path, 3000)
+    run = subprocess.Popen(
+        [*command, "--full", "--data-dir", str(tmp_path)], stderr=subprocess.PIPE, text=True,
+        cwd=pathlib.Path(__file__).parents[2],
+    )  # fmt: skip
+    rows = tmp_path / "runs.jsonl"
+    begin = time.monotonic()
+    while not (rows.exists() and rows.read_text().count("\n") >= 2):
+        assert time.monotonic() - begin < 120
+        assert run.poll() is None
+        time.sleep(0.2)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == 130, err
+    assert err.splitlines()[-1] == "dante: interrupted"
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    assert len(Store(rows).rows) >= 2
+
+
+@pytest.mark.parametrize(("losses", "said"), [((0.2, 0.1), True), ((0.2, 0.09), False)])
+def test_it_is_said_where_nothing_was_learnt(losses, said):
+    methods = [{"status": "done", "mean": {"test_loss": loss, "baseline": 0.1}} for loss in losses]
+    text = report._nothing_learnt({"title": "c", "net": "n", "methods": methods})
+    assert (text is not None) is said

@@ -1,0 +1,87 @@
+"""The experiments' data: cut, enlarged, scaled and split as said; and what is asked of a trained autoencoder."""
+
+import gzip
+
+import numpy as np
+import pytest
+import torch
+from support_reproduce import blobs, write_ccpp
+from test_data import idx_bytes, small_arrays, write_files
+
+from dante_kernels.reproduce import probes, problems, runs
+from dante_kernels.reproduce.problems import Spec
+
+
+def test_pictures_are_cut_enlarged_and_their_own_target(tmp_path):
+    generator = np.random.default_rng(0)
+    arrays = [generator.integers(0, 256, (6, 3, 3), dtype=np.uint8), np.arange(6, dtype=np.uint8)] * 2
+    write_files(tmp_path / "mnist", arrays)
+    problem = problems.load(Spec("mnist", rows=4, test_rows=2, side=6, autoencoder=True), tmp_path)
+    assert problem.x.shape == (4, 36)
+    assert problem.y is problem.x
+    assert len(problem.x_test) == len(problem.labels_test) == 2
+    square = problem.x[1].view(6, 6)
+    assert torch.equal(square[1:4, 1:4], torch.from_numpy(arrays[0][1]).float() / 255)
+    assert float(square.sum()) == pytest.approx(float(square[1:4, 1:4].sum()))
+    assert problems.load(Spec("mnist"), tmp_path).y.tolist() == list(range(6))
+
+
+def test_of_kmnist_the_first_images_do(tmp_path):
+    (tmp_path / "kmnist").mkdir()
+    for file, array in zip(problems.KMNIST_PART, small_arrays(), strict=True):
+        (tmp_path / "kmnist" / file).write_bytes(gzip.compress(idx_bytes(array)))
+    problem = problems.load(Spec("kmnist"), tmp_path)
+    assert torch.equal(problem.x, torch.from_numpy(small_arrays()[0].reshape(6, 9)).float() / 255)
+    assert problem.y_test.tolist() == small_arrays()[3].tolist()
+
+
+def test_tables_are_split_by_seed_and_scaled_by_their_training_rows(tmp_path):
+    write_ccpp(tmp_path)
+    first, again, other = (problems.load(Spec("ccpp", split=split), tmp_path) for split in (1, 1, 2))
+    assert (len(first.x), len(first.x_test)) == (40, 10)
+    assert torch.equal(first.x, again.x)
+    assert not torch.equal(first.x, other.x)
+    assert torch.allclose(first.x.mean(0), torch.zeros(4), atol=1e-4)
+    assert torch.allclose(first.y.std(0), torch.ones(1), atol=1e-4)
+    table = problems.data_tables.load_table("ccpp", tmp_path)
+    train = table.y[torch.randperm(50, generator=torch.Generator().manual_seed(1))[10:]]
+    assert first.unit == pytest.approx(float((train.std() / table.y.max()) ** 2), rel=1e-4)
+
+
+def test_a_table_for_an_autoencoder_is_scaled_to_one_and_keeps_its_classes(tmp_path):
+    lines = [f"{' '.join(str((i * k) % 17) for k in range(1, 19))} {('van', 'bus')[i % 2]}" for i in range(200)]
+    (tmp_path / "vehicle.dat").write_text("\n".join(lines) + "\n")
+    problem = problems.load(Spec("vehicle", autoencoder=True, split=1), tmp_path)
+    assert (float(problem.x.min()), float(problem.x.max()), len(problem.x_test)) == (0, 1, 127)
+    assert problem.y is problem.x
+    assert set(problem.labels.tolist()) == {0, 1}
+
+
+def test_the_svm_judges_the_hidden_activations():
+    pytest.importorskip("sklearn")
+    problem = blobs(90)
+    problem = problem._replace(labels=problem.y, labels_test=problem.y_test)
+    model = runs.build((4, 6, 4), "leaky_relu", "leaky_relu", 0)
+    assert probes.svm(model, problem)["svm_accuracy"] > 0.9
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert probes.svm(model, problem)["svm_accuracy"] < 0.5
+
+
+def test_pictures_show_one_test_row_of_each_class():
+    problem = blobs(12)._replace(labels_test=torch.tensor([1, 0, 1, 2, 0, 2]))
+    model = torch.nn.Sequential(torch.nn.Identity())
+    shown = probes.pictures(model, problem)
+    expected = (problem.x_test[[1, 0, 3]].clamp(0, 1) * 255).round().int().tolist()
+    assert [list(bytes.fromhex(text)) for text in shown["originals"]] == expected
+    assert shown["reconstructions"] == shown["originals"]
+
+
+@pytest.mark.parametrize("autoencoder", [False, True])
+def test_a_column_that_only_test_rows_change_is_not_blown_up(tmp_path, autoencoder):
+    judged = int(torch.randperm(50, generator=torch.Generator().manual_seed(3))[0])
+    lines = [f"{i},0,{1024.07 + (i == judged):.2f},{i % 5},{i % 3}" for i in range(50)]
+    (tmp_path / "ccpp.csv").write_text("AT,V,AP,RH,PE\n" + "\n".join(lines) + "\n")
+    problem = problems.load(Spec("ccpp", split=3, autoencoder=autoencoder), tmp_path)
+    assert float(problem.x_test.abs().max()) < 5
+    assert torch.allclose(problem.x_test[:, 2], torch.tensor([1.0] + [0.0] * 9), atol=1e-3)

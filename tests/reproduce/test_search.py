@@ -1,0 +1,178 @@
+"""The search: rates are chosen without the test rows, in the same way for all, and a broken run goes on from its rows."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from support_reproduce import SPEC, TINY, blobs, fake
+
+from dante_kernels.reproduce import experiments, problems, runs, search, summary
+from dante_kernels.reproduce.search import Search, Store
+
+
+def search_with(losses, case=TINY, final=0.5):
+    """A search in which the rate of each index has a loss; (the indices tried, the chosen one, whether at the edge)."""
+    found, rows = Search(case, experiments.FOUR[0], 0), {}
+    while True:
+        jobs, chosen, edge = found.state(rows)
+        if not jobs:
+            tried = sorted(i for i in range(-20, 20) if found.job(i, 0, "search").key in rows)
+            return tried, chosen, edge
+        for job in jobs:
+            index = next(i for i in range(-20, 20) if search.rate_of(i) == job.rate)
+            rows[job.key] = fake(job, losses(index) if job.part == "search" else final)
+
+
+# The search
+
+
+def test_rates_are_1_and_3_times_powers_of_ten():
+    assert [search.rate_of(i) for i in range(-5, 3)] == [0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10]
+
+
+def test_the_rate_with_the_least_held_out_loss_is_chosen():
+    assert search_with(lambda i: abs(i + 2)) == ([-3, -2, -1], -2, False)
+
+
+@pytest.mark.parametrize(("best", "tried"), [(-4, [-5, -4, -3, -2, -1]), (0, [-3, -2, -1, 0, 1])])
+def test_a_search_goes_on_while_the_best_stands_at_the_edge(best, tried):
+    assert search_with(lambda i: abs(i - best), replace(TINY, most=6)) == (tried, best, False)
+    assert search_with(lambda i: abs(i - best), replace(TINY, most=4))[2] is True
+
+
+def test_rates_that_diverge_are_never_chosen():
+    assert search_with(lambda i: None if i > -3 else -i)[1] == -3
+    tried, chosen, _ = search_with(lambda i: None)
+    assert (tried, chosen) == ([-4, -3, -2, -1], None)
+
+
+def test_every_method_is_searched_with_as_many_rates():
+    for full in (False, True):
+        for make in experiments.EXPERIMENTS.values():
+            for case in make(experiments.Scale(full)).cases:
+                if not case.speed_only:
+                    counts = {len(found.state({})[0]) for found in search.searches(case)}
+                    assert counts == {5 if full else 3}, case.name
+
+
+def test_a_search_never_sees_a_test_row():
+    problem = blobs()
+    held = problems.for_search(problem, 0)
+    rows = {tuple(row) for row in torch.cat([held.x, held.x_test]).tolist()}
+    assert rows == {tuple(row) for row in problem.x.tolist()}
+    assert len(held.x_test) == round(0.15 * len(problem.x))
+    assert len(held.x) + len(held.x_test) == len(problem.x)
+    assert not torch.equal(held.x_test, problems.for_search(problem, 1).x_test)
+    images = problem._replace(y=problem.x, y_test=problem.x_test, labels=problem.y, labels_test=problem.y_test)
+    held = problems.for_search(images, 0)
+    assert held.y is held.x
+    assert held.y_test is held.x_test
+    assert len(held.labels) == len(held.x)
+
+
+def test_jobs_differ_in_all_that_a_row_depends_on_and_in_no_name():
+    found = Search(TINY, experiments.FOUR[0], 0)
+    job = found.job(0, 1, "final")
+    for change in ({"seed": 2}, {"rate": 0.5}, {"epochs": 6}, {"spec": replace(SPEC, rows=39)}, {"part": "search"}):
+        assert replace(job, **change).key != job.key
+    assert replace(job, method=replace(job.method, momentum=0.5)).key != job.key
+    assert replace(job, method=replace(job.method, name="another", title="another", start=4)).key == job.key
+
+
+def test_small_tables_get_a_search_and_a_seed_for_each_split():
+    case = replace(TINY, splits=(1, 2, 3))
+    found = search.searches(case)
+    assert len(found) == 3 * len(case.methods)
+    assert {(job.spec.split, job.seed) for s in found for job in [s.job(0, s.seeds[0], "final")]} == {(1, 1), (2, 2), (3, 3)}
+
+
+# Rows
+
+
+def run_all(case, store, counter=None):
+    """Complete a case in this process; why it is absent."""
+
+    def run(jobs):
+        for job in jobs:
+            if counter is not None:
+                counter.append(job)
+            yield search.run_job(job, None)
+
+    return search.complete([case], store, run, None, lambda line: None)
+
+
+def test_rows_survive_an_interruption_and_are_gone_on_from(tmp_path):
+    path, first, second, both = tmp_path / "runs.jsonl", [], [], []
+    assert run_all(TINY, Store(tmp_path / "whole.jsonl"), both) == {}
+
+    def broken(jobs):
+        for number, job in enumerate(jobs):
+            if number == 5:
+                raise KeyboardInterrupt
+            first.append(job)
+            yield search.run_job(job, None)
+
+    with pytest.raises(KeyboardInterrupt):
+        search.complete([TINY], Store(path), broken, None, lambda line: None)
+    path.write_text(path.read_text()[:-9])  # the last row is cut short
+    run_all(TINY, Store(path), second)
+    assert len(first) + len(second) == len(both) + 1
+    assert {job.key for job in (*first, *second)} == {job.key for job in both}
+    assert run_all(TINY, Store(path), third := []) == {}
+    assert third == []
+    timeless = [
+        {k: {**r, "seconds": 0, "curve": 0} for k, r in Store(p).rows.items()} for p in (path, tmp_path / "whole.jsonl")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_final_trainings_use_all_rows_and_another_seed_than_the_search(tmp_path):
+    run_all(replace(TINY, methods=TINY.methods[:1], batch=5), store := Store(tmp_path / "runs.jsonl"))
+    parts = {
+        part: {row["job"]["seed"] for row in store.rows.values() if row["job"]["part"] == part} for part in ("search", "final")
+    }
+    assert parts == {"search": {0}, "final": {1}}
+    counts = {part: {row["weights_updated"] for row in store.rows.values() if row["job"]["part"] == part} for part in parts}
+    weights = 6 * 5 + 5 + 5 * 3 + 3
+    assert counts == {"search": {5 * math.ceil(34 / 5) * weights}, "final": {5 * math.ceil(40 / 5) * weights}}
+
+
+def test_what_fails_is_said_and_is_tried_again(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("out of\nluck")
+
+    case = replace(TINY, methods=TINY.methods[:1])
+    experiment = experiments.Experiment("tiny", "Tiny", "nowhere", "", (case,))
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "train", fail)
+        run_all(case, store := Store(tmp_path / "runs.jsonl"))
+    found = summary.summarise(experiment, False, store, {})
+    assert summary.failures(found) == ["tiny 6-5-3, DANTE as published (T = 5, constant rate): RuntimeError: out of luck"]
+    run_all(case, store := Store(tmp_path / "runs.jsonl"))
+    assert summary.failures(summary.summarise(experiment, False, store, {})) == []
+
+
+def test_processes_give_the_rows_of_one(tmp_path):
+    job = Search(TINY, experiments.FOUR[0], 0).job(-3, 1, "final")
+    jobs = [job, replace(job, seed=2), replace(job, method=runs.METHODS["sgd"])]
+    rows = []
+    for count in (1, 2):
+        with search.workers(count, None) as run:
+            rows.append({(row["method"], row["job"]["seed"]): row["test_loss"] for row in run(jobs)})
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 3
+
+
+def test_rows_are_plain_json():
+    job = Search(TINY, experiments.FOUR[0], 0).job(0, 1, "final")
+    assert json.loads(json.dumps(asdict(job)))["widths"] == [6, 5, 3]
+    json.dumps(search.run_job(job, None), allow_nan=False)
+
+
+def test_a_long_curve_keeps_its_ends_and_its_order():
+    assert search.thinned([1, 2, 3]) == [1, 2, 3]
+    kept = search.thinned(list(range(100)))
+    assert (kept[0], kept[-1], len(kept)) == (0, 99, search.POINTS)
+    assert kept == sorted(set(kept))
