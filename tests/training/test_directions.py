@@ -169,7 +169,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, name, after):
 
 
 def test_a_checkpoint_of_another_direction_is_refused(tmp_path):
-    common = {"schedule": WHOLE, "checkpoint": tmp_path / "run.pt"}
+    common = {"schedule": WHOLE, "lr": 0.01, "checkpoint": tmp_path / "run.pt"}
     dk.fit(net(6, 5, 3), X, Y, direction="adagrad", **common)
     with pytest.raises(ValueError, match="belongs to another run, which differs in direction;"):
         dk.fit(net(6, 5, 3), X, Y, direction="rmsprop", **common)
@@ -268,7 +268,7 @@ def test_momentum_beside_a_direction_without_it_is_refused(direction):
     model = net(6, 5, 3)
     before = weights(model)
     with pytest.raises(ValueError, match=f"momentum: expected 0 with direction='{direction}', got 0.9"):
-        dk.fit(model, X, Y, direction=direction, momentum=0.9)
+        dk.fit(model, X, Y, direction=direction, lr=0.01, momentum=0.9)
     assert torch.equal(weights(model), before)
 
 
