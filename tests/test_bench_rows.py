@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import limits, quality, report, scaling, workloads
+from bench import defaults, limits, quality, report, scaling, workloads
 from bench.peers import torch_plain
 from bench.workloads import OURS, Workload
 
@@ -222,3 +222,9 @@ def test_the_documented_tables_are_the_measured_rows():
         assert float(ours.replace(",", "")) == pytest.approx(1000 * scaling_rows[work, OURS]["median"], rel=6e-3)
         assert ratios == [f"{scaling_rows[work, name]['ratio']:.2f}" for name in header[2:]]
     assert len(lines) == sum(len(values) for values, *_ in scaling.AXES.values())
+
+
+def test_the_tables_of_the_default_settings_are_those_of_their_rows():
+    page = (ROOT / "docs" / "defaults.md").read_text()
+    for table in defaults.tables().split("\n\n"):
+        assert table in page
