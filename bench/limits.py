@@ -58,14 +58,20 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def cores_peak() -> dict[str, float]:
-    """What one core can do, from cpu_product.cpp: its peak and the products alone, in GFLOP/s; empty without a compiler."""
+    """What one core can do, from cpu_product.cpp: its peak and the products alone, in GFLOP/s.
+
+    Empty where there is no compiler, or it or the program fails: then the peak is not known.
+    """
     if not shutil.which("g++"):
         return {}
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "cpu_product"
         flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", f"-I{ROOT / 'csrc' / 'cpu'}"]
-        subprocess.run(["g++", *flags, ROOT / "bench" / "cpu_product.cpp", "-o", program], check=True)
-        done = subprocess.run([program], capture_output=True, text=True, check=True)
+        try:
+            subprocess.run(["g++", *flags, ROOT / "bench" / "cpu_product.cpp", "-o", program], check=True)
+            done = subprocess.run([program], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return {}
         found: dict[str, float] = json.loads(done.stdout)
         return found
 
@@ -127,9 +133,16 @@ def bound(kind: str, workload: Workload, family: str, device: torch.device, know
 
 
 def fraction(kind: str, workload: Workload, family: str, device: torch.device, known: Limits, seconds: float) -> float | None:
-    """The limit over the time that was measured; None where that is above 1: the limit was measured on a busy machine."""
+    """The limit over the time that was measured; None where the peak is not known."""
     least = bound(kind, workload, family, device, known)
-    return None if least is None or max(least) > seconds else max(least) / seconds
+    return None if least is None else max(least) / seconds
+
+
+def doubt(fraction: float | None) -> str | None:
+    """What to say of a time below the limit, by its fraction."""
+    if fraction is None or fraction <= 1:
+        return None
+    return f"{fraction:.2f} of the machine's limit: work was put off, or the machine was busy when its limit was measured"
 
 
 def regime(kind: str, workload: Workload, device: torch.device, known: Limits, latency: float | None) -> str | None:
