@@ -22,6 +22,7 @@ import torch
 from .workloads import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
+BUSY = 3  # a limit that was measured on a busy machine may be so many times too low
 CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # Linux; elsewhere 32 MiB are taken for the last one
 
 
@@ -138,11 +139,15 @@ def fraction(kind: str, workload: Workload, family: str, device: torch.device, k
     return None if least is None else max(least) / seconds
 
 
-def doubt(fraction: float | None) -> str | None:
-    """What to say of a time below the limit, by its fraction."""
+def too_fast(fraction: float | None) -> dict[str, str]:
+    """The fields that say so of a time below the limit, by its fraction: none where it is not."""
     if fraction is None or fraction <= 1:
-        return None
-    return f"{fraction:.2f} of the machine's limit: work was put off, or the machine was busy when its limit was measured"
+        return {}
+    if fraction > BUSY:
+        return {"status": "wrong result", "note": f"{fraction:.3g} of the machine's limit: work is put off; not timed"}
+    return {
+        "note": f"{fraction:.2f} of the machine's limit: work is put off, or the machine was busy when its limit was measured"
+    }
 
 
 def regime(kind: str, workload: Workload, device: torch.device, known: Limits, latency: float | None) -> str | None:

@@ -299,8 +299,15 @@ def compare(
 
     seconds = interleave({name: functools.partial(sample, name) for name in methods}, repeats)
     for name, method in methods.items():
-        if rows[name]["status"] == "timed" and not truths.still_right(method):
-            rows[name] |= {"status": "wrong result", "note": "right before it was timed, and not after; not timed"}
+        if rows[name]["status"] != "timed":
+            continue
+        fraction = limits.fraction(kind, workload, method.family, device, known, statistics.median(seconds[name]))
+        rows[name] |= {"limit_fraction": fraction} | limits.too_fast(fraction)
+        try:
+            if not truths.still_right(method):
+                rows[name] |= {"status": "wrong result", "note": "right before it was timed, and not after; not timed"}
+        except Exception as failure:  # as in checked
+            rows[name] = failed(failure)
     regime = limits.regime(kind, workload, device, known, latency_of_a_step(kind, workload.layers, device))
     for name, row in rows.items():
         head = {
@@ -308,11 +315,8 @@ def compare(
             "work": workload.what if kind == "pass" else STEP, "cache": "cold" if cold else "warm", "regime": regime,
         }  # fmt: skip
         if row["status"] == "timed":
-            family = methods[name].family
             row |= summary(seconds[name])
             row["samples_per_second"] = limits.samples(kind, workload) / row["median"]
-            row["limit_fraction"] = limits.fraction(kind, workload, family, device, known, row["median"])
-            row["note"] = limits.doubt(row["limit_fraction"])
             if rows.get(OURS, row)["status"] == "timed" and OURS in methods:
                 row["ratio"] = statistics.median(a / b for a, b in zip(seconds[name], seconds[OURS], strict=True))
         yield head | row

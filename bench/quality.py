@@ -150,8 +150,11 @@ def compare(
             about = {"method": name, "family": family, "net": workload.net, "rate": rate, "data": split.name}
             row = outcome(runs[name], target, rate, RATES[family])
             a_round = sum(points[-1]["seconds"] for points in runs[name]) / sum(map(len, runs[name]))
-            doubt = limits.doubt(limits.fraction("pass", workload, family, device, known, a_round))
-            row["note"] += f"; {doubt}" if doubt else ""
+            fast = limits.too_fast(limits.fraction("pass", workload, family, device, known, a_round))
+            if "status" in fast:
+                row = {"rate": rate} | fast
+            elif fast:
+                row["note"] += f"; {fast['note']}"
             pairs.append((head | row, about | {"points": runs[name][0]}))
         yield pairs
 

@@ -54,8 +54,11 @@ def test_the_regime_is_what_takes_longest_and_the_fraction_is_of_the_hardwares_l
     assert limits.fraction("pass", w, "sngd", CPU, KNOWN, 4 * seconds) == pytest.approx(0.25)
     beaten = limits.fraction("pass", w, "sngd", CPU, KNOWN, 0.8 * seconds)
     assert beaten == pytest.approx(1.25)
-    assert "1.25 of the machine's limit" in limits.doubt(beaten)
-    assert limits.doubt(0.99) is limits.doubt(None) is None
+    found = limits.too_fast(beaten)
+    assert found.keys() == {"note"}
+    assert "1.25 of the machine's limit" in found["note"]
+    assert limits.too_fast(limits.BUSY + 0.1)["status"] == "wrong result"
+    assert limits.too_fast(0.99) == limits.too_fast(None) == {}
     monkeypatch.setattr(limits, "cache_bytes", lambda device: 8)
     assert limits.regime("pass", w, CPU, KNOWN, latency=0.4 * seconds) == "memory"
     assert limits.fraction("pass", w, "sngd", CPU, KNOWN._replace(peak=None), seconds) is None
