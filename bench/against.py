@@ -57,10 +57,11 @@ class Side:
         command = [sys.executable, str(ROOT / "bench" / "__main__.py"), "--child", json.dumps(settings | {"mode": "serve"})]
         environment = os.environ | {"PYTHONPATH": str(folder)}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        served = Path(self.ask("package"))
-        if served != folder.resolve():
+        expected = {"bench": str(ROOT), "dante_kernels": str(folder.resolve())}  # one harness for both sides
+        served = self.ask("places")
+        if served != expected:
             self.close()
-            raise RuntimeError(f"--against: expected dante_kernels of {folder}, got that of {served}")
+            raise RuntimeError(f"--against: expected the packages {expected}, got {served}")
 
     def ask(self, *request: Any) -> Any:
         """The answer of `serve`; RuntimeError where the process says what is wrong, or is gone."""
@@ -93,7 +94,7 @@ def cases(quick: bool, rows: int) -> list[tuple[str, Workload]]:
 
 
 def serve(requests: Iterator[str], answer: Any, device: Any, quick: bool, rows: int) -> None:
-    """Answer each line: "package" by the folder that holds dante_kernels, ["sample", i] by seconds of case i.
+    """Answer each line: ["places"] by the folders that hold bench and dante_kernels, ["sample", i] by seconds of case i.
 
     A case is checked against float64 before its first time.
     """
@@ -102,8 +103,9 @@ def serve(requests: Iterator[str], answer: Any, device: Any, quick: bool, rows: 
     known: dict[int, Any] = {}
     for line in requests:
         what, *arguments = json.loads(line)
-        if what == "package":
-            answer({"value": str(Path(dante_kernels.__file__).resolve().parent.parent)})
+        if what == "places":
+            modules = {"bench": __file__, "dante_kernels": dante_kernels.__file__}
+            answer({"value": {name: str(Path(file).resolve().parent.parent) for name, file in modules.items()}})
             continue
         (i,) = arguments
         kind, workload = cases(quick, rows)[i]
@@ -174,9 +176,10 @@ def checkout(commit: str, package: Path) -> Iterator[Path]:
     if report.stale_extension(package):
         raise ValueError(f"--against: the C++ extension in {package} is older than csrc: build it first")
     built = list((package / "dante_kernels").glob("_C*.so"))
-    same = (
-        package == ROOT and not git("diff", "--quiet", found.stdout.strip(), "--", "csrc", "setup.py", check=False).returncode
-    )
+    sources = ("--", "csrc", "setup.py")
+    changed = git("diff", "--quiet", found.stdout.strip(), *sources, check=False).returncode
+    added = git("ls-files", "--others", "--exclude-standard", *sources).stdout  # diff does not see these
+    same = package == ROOT and not changed and not added
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "base"
         git("worktree", "add", "--detach", str(folder), found.stdout.strip())

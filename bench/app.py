@@ -13,9 +13,13 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +63,33 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Run the command; the exit status. Status 1: a row is wrong or failed, or slower than --against's commit."""
+    with signals_end_it():
+        try:
+            return run(arguments)
+        except BrokenPipeError:  # nobody reads on; Python itself would complain once more while it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+
+
+@contextmanager
+def signals_end_it() -> Iterator[None]:
+    """SIGTERM and SIGHUP are a SystemExit, so that what was measured is written and nothing is left behind; not under nohup."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    here = threading.current_thread() is threading.main_thread()  # elsewhere Python sets no handlers
+    heeded = [n for n in (signal.SIGTERM, signal.SIGHUP) if here and signal.getsignal(n) != signal.SIG_IGN]
+    old = {number: signal.signal(number, end) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def run(arguments: list[str]) -> int:
+    """`main`, without care for how it ends."""
     p = parser()
     a = p.parse_args(arguments)
     if a.child:
@@ -99,9 +130,22 @@ def main(arguments: list[str]) -> int:
     runs = [settings_of(a, threads) for threads in thread_counts(p, a)]
     if a.isa:
         os.environ["DANTE_CPU_ISA"] = a.isa
+    for name in ("output", "pictures"):
+        try_to_write(p, name, getattr(a, name))
     if a.against:
         return against_commit(a.against, runs[0], a.output)
     return with_peers(a, runs)
+
+
+def try_to_write(p: argparse.ArgumentParser, name: str, folder: Path | None) -> None:
+    """Make the folder and a file in it, before anything is measured for it."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        p.error(f"--{name}: expected a folder to write to, got {str(folder)!r}: {error}")
 
 
 def thread_counts(p: argparse.ArgumentParser, a: argparse.Namespace) -> list[int | None]:
@@ -137,19 +181,29 @@ def with_peers(a: argparse.Namespace, runs: list[Row]) -> int:
     """Measure, print, write and draw."""
     from . import report, scaling, workloads
 
-    rows: list[Row] = []
+    latest: dict[tuple[Any, ...], Row] = {}  # a time to quality comes again after each seed
     curves: list[Row] = []
     try:
-        for settings in runs:
+        for number, settings in enumerate(runs):
             for message in child(settings):
-                if "row" in message:
-                    rows.append(report.complete(message["row"]))
-                else:
+                if "row" not in message:
                     curves.append(message["curve"])
-    finally:  # what was measured before a failure or Ctrl-C is kept
+                    continue
+                row = report.complete(message["row"])
+                key = number, *(row[name] for name in ("kind", "net", "batch", "rows", "work", "cache", "method"))
+                before = latest.get(key)
+                latest[key] = row
+                if before is None or before["status"] != row["status"]:
+                    print(f"{row['kind']} {row['net']} batch {row['batch']}: {row['method']}: {row['status']}", file=sys.stderr)
+    finally:  # what was measured before a failure or Ctrl-C is kept, first of all in files
+        rows = list(latest.values())
         if rows:
-            report.show(rows)
-            write(a.output, "-".join(runs[0]["kinds"]), rows, curves, a.quick)
+            paths = write(a.output, "-".join(runs[0]["kinds"]), rows, curves, a.quick)
+            if importlib.util.find_spec("rich") is None:
+                print('dante bench: no table without rich: pip install "dante_kernels[bench]"', file=sys.stderr)
+            else:
+                report.show(rows)
+            print(*paths, sep="\n", flush=True)
     if a.pictures:
         draw({"rows": rows, "curves": curves}, a.pictures)
     complaints = [f"{r['method']}: {r['status']}: {r['note']}" for r in rows if r["status"] in ("wrong result", "failed")]
@@ -161,14 +215,13 @@ def with_peers(a: argparse.Namespace, runs: list[Row]) -> int:
     return 1 if complaints else 0
 
 
-def write(folder: Path, what: str, rows: list[Row], curves: list[Row], quick: bool) -> None:
-    """Write the rows to files of a name of their own, and print it."""
+def write(folder: Path, what: str, rows: list[Row], curves: list[Row], quick: bool) -> list[Path]:
+    """Write the rows to files of a name of their own; gives their paths."""
     from . import report
 
     about = (what, rows[0]["device"].lower(), rows[0]["date"][:19].replace(":", ""), rows[0]["commit"], *["quick"] * quick)
     stem = folder / re.sub(r"[^\w.]+", "-", "-".join(("bench", *about)))
-    for path in report.write(stem, rows, curves):
-        print(path)
+    return report.write(stem, rows, curves)
 
 
 def texts_of(methods: str | None) -> list[str]:
@@ -203,11 +256,12 @@ def against_commit(commit: str, settings: Row, output: Path) -> int:
         return 2
     shared = report.environment(torch.device(settings["device"]), head)
     shared |= {"threads": settings["threads"], "precision": settings["precision"]}
+    paths = write(output, "against", against.rows_of(verdicts, shared, base_commit), [], settings["quick"])
     print(f"time of {shared['commit']} over that of {base_commit} ({commit}): median, 95 % interval; {report.setting(shared)}")
     for kind, w, v in verdicts:
         name = f"{kind}: {w.net}, batch {w.batch}, {'one step' if kind == 'step' else w.what}"
         print(f"{v.ratio:6.3f}  {v.low:.3f} to {v.high:.3f}  {name}{'  SLOWER' if v.slower else ''}")
-    write(output, "against", against.rows_of(verdicts, shared, base_commit), [], settings["quick"])
+    print(*paths, sep="\n", flush=True)
     return int(any(v.slower for *_, v in verdicts))
 
 
@@ -219,12 +273,12 @@ def child(settings: Row) -> Iterator[Row]:
     command = [sys.executable, str(ROOT / "bench" / "__main__.py"), "--child", json.dumps(settings)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": package}) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            message = json.loads(line)
-            if "row" in message:
-                row = message["row"]
-                print(f"{row['kind']} {row['net']} batch {row['batch']}: {row['method']}: {row['status']}", file=sys.stderr)
-            yield message
+        try:
+            for line in process.stdout:
+                yield json.loads(line)
+        except BaseException:  # or the end of this process would wait for the other's
+            process.terminate()
+            raise
     if process.returncode:
         raise SystemExit(process.returncode)
 
@@ -292,12 +346,13 @@ def measure_rows(settings: Row, device: Any, send: Callable[[Row], None]) -> Non
             split, workload = quality.load(settings["data"], directory, settings["rows"] if settings["quick"] else None)
             target = settings["target"] or quality.TARGETS[settings["data"]]
             names = wanted(workload.methods(kind))
-            pairs = list(quality.compare(split, workload, device, names, settings["repeats"], settings["rounds"], target))
-            for row in quality.with_ratios([row for row, _ in pairs]):
-                send({"row": shared | row})
-            for _, curve in pairs:
-                if curve is not None:
-                    send({"curve": curve})
+            several = quality.compare(split, workload, device, names, settings["repeats"], settings["rounds"], target, known)
+            for number, pairs in enumerate(several):
+                for row in quality.with_ratios([row for row, _ in pairs]):
+                    send({"row": shared | row})
+                for _, curve in pairs:
+                    if curve is not None and number == 0:  # it is the first seed's
+                        send({"curve": curve})
         elif kind == "scaling":
             for row in scaling.study(device, wanted(scaling.METHODS), settings["repeats"], settings["quick"], known):
                 send({"row": shared | row})

@@ -22,6 +22,7 @@ import torch
 from .workloads import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
+BUSY = 3  # a limit that was measured on a busy machine may be so many times too low
 CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # Linux; elsewhere 32 MiB are taken for the last one
 
 
@@ -58,14 +59,20 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def cores_peak() -> dict[str, float]:
-    """What one core can do, from cpu_product.cpp: its peak and the products alone, in GFLOP/s; empty without a compiler."""
+    """What one core can do, from cpu_product.cpp: its peak and the products alone, in GFLOP/s.
+
+    Empty where there is no compiler, or it or the program fails: then the peak is not known.
+    """
     if not shutil.which("g++"):
         return {}
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "cpu_product"
         flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", f"-I{ROOT / 'csrc' / 'cpu'}"]
-        subprocess.run(["g++", *flags, ROOT / "bench" / "cpu_product.cpp", "-o", program], check=True)
-        done = subprocess.run([program], capture_output=True, text=True, check=True)
+        try:
+            subprocess.run(["g++", *flags, ROOT / "bench" / "cpu_product.cpp", "-o", program], check=True)
+            done = subprocess.run([program], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return {}
         found: dict[str, float] = json.loads(done.stdout)
         return found
 
@@ -127,9 +134,20 @@ def bound(kind: str, workload: Workload, family: str, device: torch.device, know
 
 
 def fraction(kind: str, workload: Workload, family: str, device: torch.device, known: Limits, seconds: float) -> float | None:
-    """The limit over the time that was measured; None where that is above 1: the limit was measured on a busy machine."""
+    """The limit over the time that was measured; None where the peak is not known."""
     least = bound(kind, workload, family, device, known)
-    return None if least is None or max(least) > seconds else max(least) / seconds
+    return None if least is None else max(least) / seconds
+
+
+def too_fast(fraction: float | None) -> dict[str, str]:
+    """The fields that say so of a time below the limit, by its fraction: none where it is not."""
+    if fraction is None or fraction <= 1:
+        return {}
+    if fraction > BUSY:
+        return {"status": "wrong result", "note": f"{fraction:.3g} of the machine's limit: work is put off; not timed"}
+    return {
+        "note": f"{fraction:.2f} of the machine's limit: work is put off, or the machine was busy when its limit was measured"
+    }
 
 
 def regime(kind: str, workload: Workload, device: torch.device, known: Limits, latency: float | None) -> str | None:

@@ -1,12 +1,14 @@
 """Time to quality: seconds of training until a test accuracy is reached, each method at the best rate of its family's grid.
 
 The search and what is timed differ in the seed, of the initial weights and of the rows' order, so no method is timed on the
-run that chose its rate. Methods of a family give the same weights, so its first method here searches for all. The best
-rate is the one that reaches the target with the fewest weights updated; where none does, the one with the least test loss.
+run that chose its rate. Methods of a family give the same weights, which is checked, so its first method here
+searches for all. The best rate is the one that reaches the target with the fewest weights updated; where none does, the one
+with the least test loss.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,8 +20,8 @@ import torch
 
 from dante_kernels import data
 
-from . import measure, workloads
-from .peers import Method, NotHere, Problem, loss_and_hits
+from . import limits, measure, workloads
+from .peers import Method, Problem, loss_and_hits
 from .workloads import RATES, Workload
 
 Row = dict[str, Any]
@@ -89,47 +91,72 @@ def best_rate(
 
 
 def compare(
-    split: data.Dataset, workload: Workload, device: torch.device, names: list[str], repeats: int, rounds: int, target: float
-) -> Iterator[tuple[Row, Row | None]]:
-    """(row, curve) for each method: seconds to the target over `repeats` seeds, and the first seed's whole run."""
+    split: data.Dataset,
+    workload: Workload,
+    device: torch.device,
+    names: list[str],
+    repeats: int,
+    rounds: int,
+    target: float,
+    known: limits.Limits,
+) -> Iterator[list[tuple[Row, Row | None]]]:
+    """(row, curve) for each method: seconds to the target over the seeds so far, and the first seed's whole run.
+
+    Given after each seed from the second on, so that little is lost where it is interrupted.
+    """
+    order = torch.randperm(workload.rows, generator=torch.Generator().manual_seed(0)).to(device)
+    truths = measure.Truths("pass", problem_of(split, workload, float("nan"), 0, device), order)
     chosen: dict[str, float] = {}
     methods: dict[str, Method] = {}
     rows: dict[str, Row] = {}
     for name in names:
+        row, method = measure.checked(workloads.METHODS[name], truths)
+        if method is None:
+            rows[name] = row
+            continue
+        kind = type(method)
         try:
-            kind = workloads.method_class(workloads.METHODS[name])
-            method = kind(problem_of(split, workload, chosen.get(kind.family, 1), 0, device))
             if kind.family not in chosen:
                 chosen[kind.family] = best_rate(kind, split, workload, rounds, target, device)
-                method.problem = replace(method.problem, rate=chosen[kind.family])
-            methods[name] = method
-        except NotHere as reason:
-            rows[name] = {"status": "not here", "note": str(reason)}
+            methods[name] = kind(problem_of(split, workload, chosen[kind.family], 0, device))
         except Exception as failure:  # as in measure.checked
             rows[name] = measure.failed(failure)
     runs: dict[str, list[list[Row]]] = {name: [] for name in methods}
+    draw = random.Random(0)
     for seed in range(1, repeats + 1):
         start = problem_of(split, workload, 1, seed, device).start
-        for name, method in methods.items():
-            if name in rows:
-                continue
-            method.problem = replace(method.problem, start=start)
-            try:
-                runs[name].append(curve(method, split, rounds, seed, None if seed == 1 else target))
-            except Exception as failure:
-                rows[name] = measure.failed(failure)
-    for name in names:
-        head = {
-            "kind": "quality", "net": workload.net, "batch": workload.batch, "rows": workload.rows, "method": name,
-            "work": f"{split.name} to {target:.1%} test accuracy", "cache": "warm",
-        }  # fmt: skip
-        if name in rows:
-            yield head | rows[name], None
+        with measure.still():
+            for name in draw.sample(list(methods), len(methods)):
+                if name in rows:
+                    continue
+                methods[name].problem = replace(methods[name].problem, start=start)
+                try:
+                    runs[name].append(curve(methods[name], split, rounds, seed, None if seed == 1 else target))
+                except Exception as failure:
+                    rows[name] = measure.failed(failure)
+        if seed == 1:
             continue
-        family = methods[name].family
-        rate = chosen[family]
-        about = {"method": name, "family": family, "net": workload.net, "rate": rate, "data": split.name}
-        yield head | outcome(runs[name], target, rate, RATES[family]), about | {"points": runs[name][0]}
+        pairs: list[tuple[Row, Row | None]] = []
+        for name in names:
+            head = {
+                "kind": "quality", "net": workload.net, "batch": workload.batch, "rows": workload.rows, "method": name,
+                "work": f"{split.name} to {target:.1%} test accuracy", "cache": "warm",
+            }  # fmt: skip
+            if name in rows:
+                pairs.append((head | rows[name], None))
+                continue
+            family = methods[name].family
+            rate = chosen[family]
+            about = {"method": name, "family": family, "net": workload.net, "rate": rate, "data": split.name}
+            row = outcome(runs[name], target, rate, RATES[family])
+            a_round = sum(points[-1]["seconds"] for points in runs[name]) / sum(map(len, runs[name]))
+            fast = limits.too_fast(limits.fraction("pass", workload, family, device, known, a_round))
+            if "status" in fast:
+                row = {"rate": rate} | fast
+            elif fast:
+                row["note"] += f"; {fast['note']}"
+            pairs.append((head | row, about | {"points": runs[name][0]}))
+        yield pairs
 
 
 def outcome(runs: list[list[Row]], target: float, rate: float, grid: tuple[float, ...]) -> Row:

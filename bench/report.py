@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import datetime
 import importlib.metadata
+import io
 import json
 import math
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -55,7 +57,10 @@ FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
         (float, type(None)),
         "rows of an epoch times the epochs of a round, over the median: a row counts once, not once for each layer's turn",
     ),
-    "limit_fraction": ((float, type(None)), "the least time that the machine would need (limits.py), over the median"),
+    "limit_fraction": (
+        (float, type(None)),
+        "the least time that the machine would need (limits.py), over the median; above 1 the note says so",
+    ),
     "regime": ((str, type(None)), "what bounds this workload: latency, compute or memory"),
     "exponent": ((float, type(None)), "of the cost along an axis, fitted (scaling)"),
 }
@@ -143,12 +148,24 @@ def write(stem: Path, rows: list[Row], curves: list[Row]) -> list[Path]:
     fields = {name: text for name, (_, text) in FIELDS.items()}
     curves = [curve | {"points": [{k: finite(v) for k, v in point.items()} for point in curve["points"]]} for curve in curves]
     results = {"fields": fields, "rows": rows, "curves": curves}
-    as_json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    with as_csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, FIELDS)
+    writer.writeheader()
+    writer.writerows(rows)
+    put(as_json, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    put(as_csv, table.getvalue())
     return [as_json, as_csv]
+
+
+def put(path: Path, text: str) -> None:
+    """Write the file through another one, so that it is there whole, or as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", newline="") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def seconds_text(value: float) -> str:

@@ -1,5 +1,6 @@
 """The benchmarks: what is wrong is reported and not timed, and both sides are timed alike."""
 
+import gc
 import importlib.util
 import itertools
 from dataclasses import replace
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from bench import limits, measure, quality, workloads
-from bench.peers import torch_autograd, torch_plain
+from bench.peers import Method, torch_autograd, torch_plain
 from bench.workloads import OURS, Workload
 
 CPU = torch.device("cpu")
@@ -26,6 +27,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def know_truths(truths, family):
+    """Before a mistake is made in what the truths come from too."""
+    orders = [measure.Stretch(number) for number in range(measure.ORDERS)]
+    for part in (*range(measure.TRIES), "most", *orders):
+        truths.layers_after(family, part)
+    for part in orders:
+        truths.error_of_plain(family, part)
 
 
 def forget_to_clear_gradients(monkeypatch):
@@ -53,8 +63,7 @@ MISTAKES = [forget_to_clear_gradients, leave_out_the_last_batch, leave_the_weigh
 def test_a_peer_with_a_wrong_result_is_reported_and_not_timed(monkeypatch, mistake):
     truths = measure.Truths("pass", *workloads.random_problem(SMALL, CPU))
     assert measure.checked("torch_autograd:ForeachSgd", truths)[0]["status"] == "timed"  # the truth is kept for the second
-    for part in (*range(measure.TRIES), "most"):
-        truths.layers_after("sgd", part)
+    know_truths(truths, "sgd")
     mistake(monkeypatch)
     row, method = measure.checked("torch_autograd:ForeachSgd", truths)
     assert row["status"] == "wrong result"
@@ -68,13 +77,107 @@ def test_a_peer_that_leaves_out_the_last_rows_of_many_is_wrong(monkeypatch, plac
     truths = measure.Truths("pass", problem, order)
     assert measure.checked(place, truths)[0]["status"] == "timed"
     kind = workloads.method_class(place)
-    for part in (*range(measure.TRIES), "most"):
-        truths.layers_after(kind.family, part)
+    know_truths(truths, kind.family)
     real = kind.round
     monkeypatch.setattr(kind, "round", lambda self, order: real(self, order[:1800] if len(order) > 1000 else order))
     row, method = measure.checked(place, truths)
     assert (row["status"], method) == ("wrong result", None)
     assert "without the last rows" in row["note"]
+
+
+@pytest.mark.parametrize("place", ["torch_autograd:ForeachSgd", "torch_autograd:Adam", "torch_plain:PlainSngd"])
+def test_a_peer_that_leaves_out_every_twentieth_mini_batch_is_wrong(monkeypatch, place):
+    truths = measure.Truths("pass", *workloads.random_problem(Workload((64, 100, 10), 20, trained=2, rows=1600), CPU))
+    assert measure.checked(place, truths)[0]["status"] == "timed"
+    kind = workloads.method_class(place)
+    know_truths(truths, kind.family)
+    real = kind.round
+    some = lambda order: torch.cat([rows for i, rows in enumerate(order.split(20)) if i % 20 != 19])  # noqa: E731
+    monkeypatch.setattr(kind, "round", lambda self, order: real(self, some(order)))
+    assert measure.checked(place, truths)[0]["status"] == "wrong result"
+
+
+@pytest.mark.parametrize(
+    ("method_flips", "plain_flips", "status"),
+    [
+        ({(0, 1.0)}, set(), "timed"),  # another order shows that the method is right
+        ({(0, 1.0), (2, 1.0)}, {(1, 1.0)}, "timed"),
+        ({(i, 1.0) for i in range(4)}, set(), "wrong result"),
+        ({(i, 1.0) for i in range(1, 4)}, {(0, 1.0)}, "wrong result"),  # one flip of the plain one excuses nothing
+        ({(i, 1.0) for i in range(4)}, {(0, 1.0), (1, 1.0)}, "timed"),  # flips are common: half of the work tells
+        ({(i, f) for i in range(4) for f in (1.0, 0.5)}, {(0, 1.0), (1, 1.0)}, "wrong result"),
+    ],
+)
+def test_a_flip_is_forgiven_where_it_is_seldom_or_strikes_the_plain_composition_too(
+    monkeypatch, method_flips, plain_flips, status
+):
+    truths = measure.Truths("pass", *workloads.random_problem(SMALL, CPU))
+    know_truths(truths, "sngd")
+    real = truths.run
+
+    def flipped(method, part):
+        layers = real(method, part)
+        return (
+            [(w + 0.03 * (w - w0), b) for (w, b), (w0, _) in zip(layers, truths.problem.start, strict=True)]
+            if part in method_flips
+            else layers
+        )
+
+    plain = lambda family, part: 0.03 if part in plain_flips else 1e-6  # noqa: E731
+    for number in range(measure.ORDERS):
+        truths.layers_after("sngd", measure.Stretch(number, 0.5))
+    monkeypatch.setattr(truths, "run", flipped)
+    monkeypatch.setattr(truths, "error_of_plain", plain)
+    assert measure.checked("torch_plain:PlainSngd", truths)[0]["status"] == status
+
+
+@pytest.mark.parametrize("kind", ["step", "pass"])
+def test_a_peer_that_stops_working_once_it_was_checked_is_wrong(monkeypatch, kind):
+    real, calls = torch_autograd.ForeachSgd.update, []
+    most = 4 * (len(range(0, 40, 5)) if kind == "pass" else measure.STEPS_IN_A_SAMPLE)
+    monkeypatch.setattr(
+        torch_autograd.ForeachSgd, "update", lambda *args: real(*args) if (calls.append(1), len(calls) <= most)[1] else None
+    )
+    row = rows_of(kind, ["torch SGD, foreach"])["torch SGD, foreach"]
+    assert (row["status"], row["note"]) == ("wrong result", "right before it was timed, and not after; not timed")
+
+
+def test_every_peer_says_how_to_wait_for_it():
+    with pytest.raises(TypeError, match="wait"):
+        type("NoWait", (Method,), {"reset": None, "round": None, "layers": None})(None)
+
+
+@pytest.mark.parametrize("kind", ["pass", "quality"])
+@pytest.mark.parametrize(("fraction", "status"), [(1.3, "timed"), (20.0, "wrong result")])
+def test_a_time_below_the_machines_limit_is_marked_and_far_below_it_none(monkeypatch, kind, fraction, status):
+    monkeypatch.setattr(limits, "fraction", lambda *_: fraction)
+    if kind == "pass":
+        (row,) = measure.compare(kind, SMALL, CPU, ["torch SNGD"], 2, KNOWN)
+    else:
+        ((row, _),) = next(quality.compare(*quality.load("digits", None, 100), CPU, ["torch SNGD"], 2, 1, 0.01, KNOWN))[:1]
+    assert row["status"] == status
+    assert ("median" in row) == (status == "timed")
+    assert "of the machine's limit: work is put off" in row["note"]
+
+
+def test_work_that_is_put_off_until_the_weights_are_asked_for_is_a_wrong_result(monkeypatch):
+    real_round, real_layers = torch_autograd.ForeachSgd.round, torch_autograd.ForeachSgd.layers
+    asked = []
+    monkeypatch.setattr(
+        torch_autograd.ForeachSgd, "reset", lambda self: (torch_autograd.Autograd.reset(self), asked.clear())[0]
+    )
+    monkeypatch.setattr(torch_autograd.ForeachSgd, "round", lambda self, order: asked.append(order))
+
+    def layers(self):
+        for order in asked:
+            real_round(self, order)
+        asked.clear()
+        return real_layers(self)
+
+    monkeypatch.setattr(torch_autograd.ForeachSgd, "layers", layers)
+    workload = Workload((784, 100, 10), 100, trained=2, rows=500)
+    row = rows_of("pass", ["torch SGD, foreach"], workload)["torch SGD, foreach"]
+    assert (row["status"], "work is put off" in row["note"]) == ("wrong result", True)
 
 
 def test_a_cold_sample_is_swept_last_and_conversions_are_not_timed():
@@ -114,18 +217,16 @@ def test_a_norm_without_the_bias_is_a_wrong_result(monkeypatch):
 
     real = torch_plain.sngd_step
     truths = measure.Truths("step", *workloads.random_problem(SMALL, CPU))
-    for part in range(measure.TRIES):
-        truths.layers_after("sngd", part)
+    know_truths(truths, "sngd")
     monkeypatch.setattr(torch_plain, "sngd_step", step)
     row, _ = measure.checked("torch_plain:PlainSngd", truths)
     assert row["status"] == "wrong result"
 
 
-@pytest.mark.parametrize(("part", "status"), [(0, "timed"), (None, "wrong result")])
+@pytest.mark.parametrize(("part", "status"), [(0, "timed"), (measure.WHOLE, "wrong result")])
 def test_one_flip_at_the_kink_is_forgiven_and_another_loss_is_not(monkeypatch, part, status):
     truths = measure.Truths("pass", *workloads.random_problem(SMALL, CPU))
-    for number in (*range(measure.TRIES), "most", None):
-        truths.layers_after("sngd", number)
+    know_truths(truths, "sngd")
     real = truths.run
     monkeypatch.setattr(truths, "run", lambda method, now: truths.problem.start if now == part else real(method, now))
     assert measure.checked("torch_plain:PlainSngd", truths)[0]["status"] == status
@@ -135,8 +236,8 @@ def test_one_flip_at_the_kink_is_forgiven_and_another_loss_is_not(monkeypatch, p
 def test_no_method_is_held_to_more_than_the_plain_composition(monkeypatch, plain_error, status):
     truths = measure.Truths("pass", *workloads.random_problem(SMALL, CPU))
     monkeypatch.setattr(truths, "at_the_end", lambda method: (0.3, 0.0, True))
-    assert truths.error_of_plain("sngd") < 1e-5
-    monkeypatch.setattr(truths, "error_of_plain", lambda family: plain_error)
+    assert truths.error_of_plain("sngd", measure.WHOLE) < 1e-5
+    monkeypatch.setattr(truths, "error_of_plain", lambda family, part: plain_error)
     assert measure.checked("ours:Operators", truths)[0]["status"] == status
 
 
@@ -193,8 +294,36 @@ def test_a_time_to_quality_survives_a_peer_that_breaks_in_a_timed_seed(monkeypat
         return real(method, split, rounds, seed, target)
 
     monkeypatch.setattr(quality, "curve", curve)
-    pairs = list(quality.compare(split, workload, CPU, ["torch SGD", "torch SGD, foreach"], 2, 1, 0.01))
+    (pairs,) = quality.compare(split, workload, CPU, ["torch SGD", "torch SGD, foreach"], 2, 1, 0.01, KNOWN)
     assert [(row["status"], drawn is not None) for row, drawn in pairs] == [("timed", True), ("failed", False)]
+
+
+def test_a_time_to_quality_is_of_checked_methods_only(monkeypatch):
+    split, workload = quality.load("digits", None, 100)
+    real = torch_autograd.ForeachSgd.round
+    monkeypatch.setattr(torch_autograd.ForeachSgd, "round", lambda self, order: real(self, torch.cat([order, order])))
+    (pairs,) = quality.compare(split, workload, CPU, ["torch SGD", "torch SGD, foreach", "torch SNGD"], 2, 1, 0.01, KNOWN)
+    assert [row["status"] for row, _ in pairs] == ["timed", "wrong result", "timed"]
+
+
+def test_a_time_to_quality_takes_turns_in_drawn_orders_and_is_given_after_each_seed(monkeypatch):
+    split, workload = quality.load("digits", None, 100)
+    names = ["torch SGD", "torch momentum, fused", "torch SNGD"]
+    calls = []
+
+    def curve(method, split, rounds, seed, target=None):
+        if seed:
+            calls.append((seed, method.family, gc.isenabled()))
+        return [{"weights_updated": 1, "seconds": 1.0, "loss": 0.1, "accuracy": 1.0}]
+
+    monkeypatch.setattr(quality, "curve", curve)
+    given = list(quality.compare(split, workload, CPU, names, 9, 1, 0.5, KNOWN))
+    assert [[row["repeats"] for row, _ in pairs] for pairs in given] == [[seed] * 3 for seed in range(2, 10)]
+    turns = [[family for of, family, _ in calls if of == seed] for seed in range(1, 10)]
+    assert all(sorted(turn) == ["momentum", "sgd", "sngd"] for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 3
+    assert not any(enabled for *_, enabled in calls)
+    assert gc.isenabled()
 
 
 def test_samples_are_taken_in_turn_and_the_first_does_not_count():

@@ -1,5 +1,6 @@
 """`dante bench --against`: a slower package is flagged, noise is not, and nothing is left behind."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -80,6 +81,25 @@ def test_a_slower_package_is_flagged_after_a_second_look(package, monkeypatch):
 
 
 @LINUX
+def test_the_heads_harness_measures_both_sides(package):
+    """A base's own bench neither runs nor has to be there whole: `bench.app` came later than some commits."""
+    (package / "bench").mkdir()
+    (package / "bench" / "__init__.py").write_text("raise SystemExit('the harness of the base was taken')")
+    (package / "bench" / "measure.py").write_text("raise SystemExit('the harness of the base was taken')")
+    with contextlib.closing(against.Side(package, SETTINGS | {"mode": "serve"})) as side:
+        assert side.ask("places") == {"bench": str(ROOT), "dante_kernels": str(package)}
+        assert side.ask("sample", 0) > 0
+
+
+@pytest.mark.parametrize("name", ["bench", "dante_kernels"])
+def test_a_package_from_elsewhere_is_an_error(monkeypatch, name):
+    places = {"bench": str(ROOT), "dante_kernels": str(PACKAGE.parent)} | {name: "/elsewhere"}
+    monkeypatch.setattr(against.Side, "ask", lambda self, what: places)
+    with pytest.raises(RuntimeError, match=r"expected the packages .*, got .*/elsewhere"):
+        against.Side(PACKAGE.parent, SETTINGS)
+
+
+@LINUX
 def test_a_package_that_computes_something_else_is_an_error(package):
     with (package / "dante_kernels" / "ops" / "__init__.py").open("a") as file:
         file.write("\ndef sngd_epoch_(*args, **settings):\n    return None\n")
@@ -126,6 +146,28 @@ def test_a_commit_is_checked_out_for_as_long_as_it_is_needed(monkeypatch):
         assert git("worktree", "list") != before
     assert not folder.exists()
     assert git("worktree", "list") == before
+
+
+def test_an_extension_is_copied_only_where_no_source_differs(monkeypatch, tmp_path):
+    """Neither a changed file of csrc nor one that git does not know yet."""
+    files = {
+        "setup.py": "open('dante_kernels/_C.abi3.so', 'w').write('built')", "csrc/a.cpp": "", "dante_kernels/__init__.py": "",
+        ".gitignore": "*.so\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for arguments in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm all"):
+        subprocess.run(["git", *arguments.split()], cwd=tmp_path, check=True)
+    (tmp_path / "dante_kernels" / "_C.abi3.so").write_text("copied")
+    monkeypatch.setattr(against, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "stale_extension", lambda folder: False)
+    for name, made in ((None, "copied"), ("csrc/new.cpp", "built"), ("csrc/a.cpp", "built")):
+        if name:
+            (tmp_path / name).write_text("changed")
+        with against.checkout("HEAD", tmp_path) as folder:
+            assert (folder / "dante_kernels" / "_C.abi3.so").read_text() == made, name
+        subprocess.run(["git", "clean", "-fdq"], cwd=tmp_path, check=True)
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")

@@ -1,11 +1,14 @@
 """The command `dante bench`: what it measures, leaves behind, and says of mistakes."""
 
+import importlib.util
 import itertools
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from test_bench_rows import a_row
@@ -66,6 +69,74 @@ def test_rows_measured_before_a_failure_are_written(monkeypatch, tmp_path, capsy
     (path,) = tmp_path.glob("*.json")
     assert len(json.loads(path.read_text())["rows"]) == 1
     assert path.name == "bench-pass-cpu-2026-01-01-abc.json"
+
+
+def test_a_signal_is_an_end_that_keeps_the_rows(monkeypatch, tmp_path, capsys):
+    def child(settings):
+        yield {"row": a_row(method="torch SGD")}
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    monkeypatch.setattr(app, "child", child)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        before = signal.getsignal(number)
+        with pytest.raises(SystemExit) as caught:
+            app.main(["pass", "--output", str(tmp_path / str(number))])
+        assert caught.value.code == 128 + number
+        assert len(list((tmp_path / str(number)).glob("bench-*"))) == 2
+        assert signal.getsignal(number) is before
+
+
+def test_a_measuring_process_ends_with_its_parent(monkeypatch, tmp_path):
+    (tmp_path / "bench").mkdir()
+    program = "import json, os, time\nprint(json.dumps(os.getpid()), flush=True)\ntime.sleep(60)\n"
+    (tmp_path / "bench" / "__main__.py").write_text(program)
+    monkeypatch.setattr(app, "ROOT", tmp_path)
+    messages = app.child({})
+    process, begin = next(messages), time.monotonic()
+    with pytest.raises(SystemExit):
+        messages.throw(SystemExit(143))
+    assert time.monotonic() < begin + 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def test_a_closed_pipe_and_a_missing_rich_lose_no_files(monkeypatch, tmp_path, capsys):
+    row = json.dumps(a_row())
+    child = f"app.child = lambda _: [{{'row': json.loads({row!r})}}]"
+    for at, show in (("table", "pass"), ("paths", "report.show = lambda rows: None")):
+        program = f"import json, sys; from bench import app, report; {child}; {show}; sys.exit(app.main(sys.argv[1:]))"
+        ours, theirs = os.pipe()
+        os.close(ours)
+        command = [sys.executable, "-c", program, "pass", "--output", tmp_path / at]
+        done = subprocess.run(command, cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, text=True, check=False, timeout=600)
+        os.close(theirs)
+        assert (done.returncode, "rror" in done.stderr) == (1, False), done.stderr
+        assert len(list((tmp_path / at).glob("bench-*"))) == 2
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else real(name))
+    monkeypatch.setattr(app, "child", lambda settings: [{"row": a_row()}])
+    assert app.main(["pass", "--output", str(tmp_path / "rich")]) == 0
+    assert "no table without rich" in capsys.readouterr().err
+    assert len(list((tmp_path / "rich").glob("bench-*"))) == 2
+
+
+def test_a_row_that_comes_again_is_one_row(monkeypatch, tmp_path, capsys):
+    again = [{"row": a_row(kind="quality", repeats=seeds)} for seeds in (2, 3)]
+    monkeypatch.setattr(app, "child", lambda settings: again)
+    assert app.main(["quality", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert [row["repeats"] for row in json.loads(path.read_text())["rows"]] == [3]
+
+
+@pytest.mark.parametrize("option", ["--output", "--pictures"])
+def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_measured(monkeypatch, tmp_path, capsys, option):
+    monkeypatch.setattr(app, "child", lambda settings: pytest.fail("it was measured"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        app.main(["pass", "--output", str(tmp_path), option, str(tmp_path / "file")])
+    assert caught.value.code == 2
+    assert f"{option}: expected a folder to write to" in capsys.readouterr().err
 
 
 def test_it_is_a_failure_where_dante_itself_has_no_row(monkeypatch, tmp_path, capsys):

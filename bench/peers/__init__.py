@@ -88,8 +88,9 @@ class Method(abc.ABC):
         """One mini-batch: SNGD on the first layer, SGD on all of them."""
         raise NotHere("it has no single step")
 
-    def wait(self) -> None:  # noqa: B027 - most have nothing to wait for
-        """Until all that was asked for is done."""
+    @abc.abstractmethod
+    def wait(self) -> None:
+        """Until all that was asked for is done; each says so itself, lest a peer is timed before it is done."""
 
     @abc.abstractmethod
     def layers(self) -> Layers:
@@ -110,7 +111,7 @@ class TorchMethod(Method):
                 b.copy_(b0)
 
     def wait(self) -> None:
-        if self.problem.x.device.type == "cuda":
+        if self.problem.x.device.type == "cuda":  # on the CPU torch's calls return when they are done
             torch.cuda.synchronize()
 
     def layers(self) -> Layers:

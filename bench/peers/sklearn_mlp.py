@@ -57,6 +57,9 @@ class Mlp(Method):
             warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is what is asked for
             self.model.fit(self.x[rows], self.y[rows])
 
+    def wait(self) -> None:
+        """Nothing: `fit` returns when it is done."""
+
     def layers(self) -> Layers:
         return [
             (torch.from_numpy(w.T), torch.from_numpy(b)) for w, b in zip(self.model.coefs_, self.model.intercepts_, strict=True)
