@@ -29,8 +29,9 @@ def _place(name: str, tensor: Tensor, net: Network, device: torch.device | None)
 
 
 def rows_of(x: Any) -> int:
-    """How many rows x has, before it is checked; 1 where it has none."""
-    return len(_tensor("x", x)) if _tensor("x", x).dim() else 1
+    """How many rows x has, before it is checked; at least 1."""
+    tensor = _tensor("x", x)
+    return max(1, len(tensor)) if tensor.dim() else 1
 
 
 def inputs(name: str, value: Any, x_scale: float | None, net: Network, device: torch.device | None) -> Tensor:
