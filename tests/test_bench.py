@@ -12,6 +12,7 @@ from bench import limits, measure, quality, workloads
 from bench.peers import Method, torch_autograd, torch_plain
 from bench.workloads import OURS, Workload
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 SMALL = Workload((12, 8, 4), batch=5, trained=2, rows=40)
 KNOWN = limits.Limits(peak=1e11, bandwidth=1e10)
@@ -19,14 +20,6 @@ KNOWN = limits.Limits(peak=1e11, bandwidth=1e10)
 
 def rows_of(kind, names, workload=SMALL):
     return {row["method"]: row for row in measure.compare(kind, workload, CPU, names, 2, KNOWN)}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def know_truths(truths, family):

@@ -121,9 +121,9 @@ class TorchMethod(Method):
 class JointMethod(TorchMethod):
     """All layers at once; a round gathers its rows once, which is faster than at every step."""
 
+    @abc.abstractmethod
     def update(self, x: Tensor, one_hot: Tensor) -> None:
         """One step on a mini-batch."""
-        raise NotImplementedError
 
     def step(self, x: Tensor, y: Tensor, one_hot: Tensor) -> None:
         self.update(x, one_hot)
@@ -141,13 +141,13 @@ class AlternatingMethod(TorchMethod):
 
     family = "sngd"
 
+    @abc.abstractmethod
     def forward(self, layers: Layers, h: Tensor) -> Tensor:
         """The activations behind a frozen prefix."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def turn(self, active: int, h: Tensor, y: Tensor, one_hot: Tensor, order: Tensor) -> None:
         """One layer's passes over rows `order` of its input h."""
-        raise NotImplementedError
 
     def round(self, order: Tensor) -> None:
         p = self.problem

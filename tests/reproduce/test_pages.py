@@ -19,6 +19,8 @@ from dante_kernels.reproduce import experiments, main, plots, published, report,
 from dante_kernels.reproduce.problems import Spec
 from dante_kernels.reproduce.search import Store
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 dante = test_cli.dante
 in_a_directory_of_its_own = test_cli.in_a_directory_of_its_own
 PUBLISHED = pathlib.Path(__file__).parents[3] / "shared" / "PUBLISHED.md"

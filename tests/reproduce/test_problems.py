@@ -11,6 +11,8 @@ from test_data import idx_bytes, small_arrays, write_files
 from dante_kernels.reproduce import probes, problems, runs
 from dante_kernels.reproduce.problems import Spec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_pictures_are_cut_enlarged_and_their_own_target(tmp_path):
     generator = np.random.default_rng(0)
@@ -73,7 +75,7 @@ def test_pictures_show_one_test_row_of_each_class():
     model = torch.nn.Sequential(torch.nn.Identity())
     shown = probes.pictures(model, problem)
     expected = (problem.x_test[[1, 0, 3]].clamp(0, 1) * 255).round().int().tolist()
-    assert [list(bytes.fromhex(text)) for text in shown["originals"]] == expected
+    assert [probes.pixels_of(text) for text in shown["originals"]] == expected
     assert shown["reconstructions"] == shown["originals"]
 
 

@@ -10,6 +10,8 @@ from support_reproduce import blobs
 
 from dante_kernels.reproduce import experiments, runs, search
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize(("ours", "theirs"), experiments.PAIRS[:6])
 @pytest.mark.parametrize("widths", [(4, 5, 3), (4, 6, 5, 3)])

@@ -11,6 +11,8 @@ from support_reproduce import SPEC, TINY, blobs, fake
 from dante_kernels.reproduce import experiments, problems, runs, search, summary
 from dante_kernels.reproduce.search import Search, Store
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def search_with(losses, case=TINY, final=0.5):
     """A search in which the rate of each index has a loss; (the indices tried, the chosen one, whether at the edge)."""
