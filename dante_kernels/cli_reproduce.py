@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+from .cli_common import errors_in_one_line, expect
+
 with contextlib.suppress(ImportError):  # `cli.main` says what to install
     import typer
 
@@ -34,19 +36,17 @@ def reproduce(
 
     Broken off and started again with the same --output, it goes on where it was. Where data is absent the page says so.
     """
-    from . import cli
-
-    with cli._errors_in_one_line():
+    with errors_in_one_line():
         import torch
 
         from .reproduce import main, report
         from .reproduce.experiments import EXPERIMENTS
         from .reproduce.summary import failures
 
-        cli._expect(name == "all" or name in EXPERIMENTS, "name", f"all or one of {', '.join(EXPERIMENTS)}", name)
-        cli._expect(jobs is None or jobs >= 1, "--jobs", "at least 1", jobs)
-        cli._expect(data_dir is None or data_dir.is_dir(), "--data-dir", "a folder that is there", str(data_dir))
-        cli._expect(output.is_dir() or not output.exists(), "--output", "a folder", str(output))
+        expect(name == "all" or name in EXPERIMENTS, "name", f"all or one of {', '.join(EXPERIMENTS)}", name)
+        expect(jobs is None or jobs >= 1, "--jobs", "at least 1", jobs)
+        expect(data_dir is None or data_dir.is_dir(), "--data-dir", "a folder that is there", str(data_dir))
+        expect(output.is_dir() or not output.exists(), "--output", "a folder", str(output))
         say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
         try:
             page, summaries = main.reproduce(

@@ -378,7 +378,7 @@ def test_info_shows_the_variables_that_are_set(dante, monkeypatch):
 
 
 def test_version_is_that_of_the_package(dante, monkeypatch):
-    monkeypatch.setattr(cli, "_version", lambda package: f"that of {package}")
+    monkeypatch.setattr(cli, "version_of", lambda package: f"that of {package}")
     assert dante("--version") == (0, "dante_kernels that of dante_kernels\n", "")
 
 
