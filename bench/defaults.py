@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -17,29 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import dante_kernels as dk
 from dante_kernels import data
+from dante_kernels.reproduce import runs
+from dante_kernels.reproduce.problems import Problem
 
 ROWS = Path(__file__).parent / "results" / "defaults.jsonl"
 Row = dict[str, Any]
 EPOCHS, BATCH = 8, 100
 ONE, TWO, THREE, FIVE = "784-100-10", "784-400-200-10", "784-400-200-100-10", "784-600-400-200-100-50-10"
-ACTIVATIONS = {"leaky": lambda: nn.LeakyReLU(0.01), "sigmoid": nn.Sigmoid}
-DANTE_RATES = {"leaky": (0.001, 0.002, 0.003, 0.005), "sigmoid": (0.001, 0.002, 0.003, 0.005)}
+DANTE_RATES = {"leaky_relu": (0.001, 0.002, 0.003, 0.005), "sigmoid": (0.001, 0.002, 0.003, 0.005)}
 SGD_RATES = {
-    ("leaky", "mse"): (0.1, 0.3, 1.0, 3.0),
-    ("leaky", "cross_entropy"): (0.01, 0.03, 0.1, 0.3),
+    ("leaky_relu", "mse"): (0.1, 0.3, 1.0, 3.0),
+    ("leaky_relu", "cross_entropy"): (0.01, 0.03, 0.1, 0.3),
     ("sigmoid", "mse"): (0.03, 0.1, 0.3, 1.0),
     ("sigmoid", "cross_entropy"): (0.03, 0.1, 0.3, 1.0),
 }
 GRIDS = [
-    *(("mnist", net, "leaky", loss) for loss in ("mse", "cross_entropy") for net in (ONE, TWO, THREE)),
+    *(("mnist", net, "leaky_relu", loss) for loss in ("mse", "cross_entropy") for net in (ONE, TWO, THREE)),
     *(("mnist", net, "sigmoid", loss) for loss in ("mse", "cross_entropy") for net in (ONE, TWO)),
-    *(("fashion-mnist", net, "leaky", loss) for loss in ("mse", "cross_entropy") for net in (ONE, THREE)),
-    ("mnist", FIVE, "leaky", "mse"),
+    *(("fashion-mnist", net, "leaky_relu", loss) for loss in ("mse", "cross_entropy") for net in (ONE, THREE)),
+    ("mnist", FIVE, "leaky_relu", "mse"),
 ]
 # One setting changed at a time, with the rate that it then takes.
 VARIANTS: list[tuple[float, Row]] = [
@@ -64,10 +63,10 @@ def cases() -> Iterator[Row]:
         yield from (case(*grid, "dante", rate, 0) for rate in DANTE_RATES[grid[2]])
         yield from (case(*grid, "sgd", rate, 0) for rate in SGD_RATES[grid[2], grid[3]])
     for net in (ONE, "784-250-10", "784-600-10", "784-100-100-10", TWO, THREE):
-        yield from (case("mnist", net, "leaky", "mse", "dante", 0.003, seed) for seed in range(3))
-        yield from (case("mnist", net, "leaky", "mse", "sgd", rate, seed) for rate in (0.3, 1.0) for seed in range(3))
+        yield from (case("mnist", net, "leaky_relu", "mse", "dante", 0.003, seed) for seed in range(3))
+        yield from (case("mnist", net, "leaky_relu", "mse", "sgd", rate, seed) for rate in (0.3, 1.0) for seed in range(3))
     for net, loss, (rate, change) in itertools.product((ONE, THREE), ("mse", "cross_entropy"), VARIANTS):
-        yield case("mnist", net, "leaky", loss, "dante", rate, 0, **change)
+        yield case("mnist", net, "leaky_relu", loss, "dante", rate, 0, **change)
 
 
 def key(row: Row) -> str:
@@ -75,53 +74,29 @@ def key(row: Row) -> str:
     return json.dumps([row[name] for name in ("data", "net", "activation", "loss", "method", "rate", "seed", "settings")])
 
 
-def build(row: Row) -> nn.Sequential:
-    """The net, from its seed; with mse the output has the activation too."""
-    torch.manual_seed(row["seed"])
-    widths = [int(width) for width in row["net"].split("-")]
-    modules: list[nn.Module] = []
-    for n_in, n_out in itertools.pairwise(widths):
-        modules += [nn.Linear(n_in, n_out), ACTIVATIONS[row["activation"]]()]
-    return nn.Sequential(*modules[: None if row["loss"] == "mse" else -1])
-
-
-def descend(model: nn.Module, row: Row, x: Tensor, y: Tensor) -> None:
-    """SGD with momentum 0.9 and a cosine, by torch's autograd."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=row["rate"], momentum=0.9)
-    generator, one_hot = torch.Generator().manual_seed(row["seed"]), F.one_hot(y).float()
-    for epoch in range(EPOCHS):
-        optimizer.param_groups[0]["lr"] = row["rate"] * (1 + math.cos(math.pi * epoch / EPOCHS)) / 2
-        for rows in torch.randperm(len(x), generator=generator).split(BATCH):
-            h = model(x[rows])
-            value = F.mse_loss(h, one_hot[rows]) if row["loss"] == "mse" else F.cross_entropy(h, y[rows])
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-
-
-@torch.no_grad()
-def judge(model: nn.Module, x: Tensor, y: Tensor, loss: str) -> tuple[float, float]:
-    """(loss, accuracy)."""
-    h = model(x)
-    value = F.mse_loss(h, F.one_hot(y, h.shape[1]).float()) if loss == "mse" else F.cross_entropy(h, y)
-    return float(value), float((h.argmax(1) == y).double().mean())
-
-
 def train(row: Row, split: data.Dataset) -> Row:
     """The row with what came of it; trained on five sixths of the training rows, validated on the rest."""
-    rows, model, start = len(split.x_train) * 5 // 6, build(row), time.perf_counter()
-    x, y = split.x_train[:rows], split.y_train[:rows]
-    if row["method"] == "sgd":
-        descend(model, row, x, y)
-    else:
-        settings = {"relative_lr": True, "momentum": 0.9, **row["settings"]}
-        turns = dk.RoundRobin(rounds=EPOCHS, inner_epochs=1, inner_steps=settings.pop("inner_steps", 20))
-        dk.fit(model, x, y, loss=row["loss"], schedule=turns, lr=row["rate"], batch_size=BATCH, seed=row["seed"], **settings)
-    seconds = time.perf_counter() - start
-    validation = judge(model, split.x_train[rows:], split.y_train[rows:], row["loss"])
-    test = judge(model, split.x_test, split.y_test, row["loss"])
+    rows, loss, activation = len(split.x_train) * 5 // 6, row["loss"], row["activation"]
+    problem = Problem(row["data"], split.x_train[:rows], split.y_train[:rows], split.x_test, split.y_test)
+    widths = tuple(int(width) for width in row["net"].split("-"))
+
+    def validate(model: nn.Module, _: Problem) -> Row:
+        value, accuracy = runs.evaluate(model, split.x_train[rows:], split.y_train[rows:], loss)
+        return {"validation_loss": value, "validation_accuracy": accuracy}
+
     names = ("validation_loss", "validation_accuracy", "test_loss", "test_accuracy", "seconds")
-    return row | dict(zip(names, (*validation, *test, seconds), strict=True))
+    if row["method"] == "sgd":
+        found = runs.train(
+            problem, widths, activation, loss, "sgd-cosine", row["rate"], row["seed"], EPOCHS, batch_size=BATCH, probe=validate
+        )
+        return row | {name: found.get(name) for name in names}
+    model, start = runs.build(widths, activation, activation if loss == "mse" else "identity", row["seed"]), time.perf_counter()
+    settings = {"relative_lr": True, "momentum": 0.9, **row["settings"]}
+    turns = dk.RoundRobin(rounds=EPOCHS, inner_epochs=1, inner_steps=settings.pop("inner_steps", 20))
+    x, y = problem.x, problem.y
+    dk.fit(model, x, y, loss=loss, schedule=turns, lr=row["rate"], batch_size=BATCH, seed=row["seed"], **settings)
+    seconds, test = time.perf_counter() - start, runs.evaluate(model, split.x_test, split.y_test, loss)
+    return row | validate(model, problem) | dict(zip(names[2:], (*test, seconds), strict=True))
 
 
 def read() -> list[Row]:
@@ -143,7 +118,7 @@ def tables() -> str:
         return f"{loss:.5f} / {100 * statistics.mean(row['test_accuracy'] for row in found):.2f} %"
 
     def best(found: list[Row]) -> Row:
-        return min(found, key=lambda row: (math.isnan(row["validation_loss"]), row["validation_loss"]))
+        return min((row for row in found if row["validation_loss"] is not None), key=lambda row: row["validation_loss"])
 
     lines = ["| data, net | activation, loss | DANTE at 0.003 | DANTE's best rate | SGD's best rate |", "| --- " * 5 + "|"]
     for data_set, net, activation, loss in GRIDS:
@@ -153,9 +128,13 @@ def tables() -> str:
         ends = [f"{best(side)['rate']:g}: {shown([best(side)])}" for side in (ours, theirs)]
         lines.append(f"| {data_set} {net} | {activation}, {loss} | {default} | {ends[0]} | {ends[1]} |")
     nets = list(dict.fromkeys(row["net"] for row in rows if row["seed"] == 2))
-    lines += ["", "| mnist, mse, leaky, seeds 0 to 2 | DANTE at 0.003 | SGD at the better of 0.3 and 1 |", "| --- " * 3 + "|"]
+    lines += [
+        "",
+        "| mnist, mse, leaky_relu, seeds 0 to 2 | DANTE at 0.003 | SGD at the better of 0.3 and 1 |",
+        "| --- " * 3 + "|",
+    ]
     for net in nets:
-        same = {"data": "mnist", "net": net, "activation": "leaky", "loss": "mse", "settings": {}}
+        same = {"data": "mnist", "net": net, "activation": "leaky_relu", "loss": "mse", "settings": {}}
         sgd = [of(**same, method="sgd", rate=rate) for rate in (0.3, 1.0)]
         whole = [found for found in sgd if len(found) == 3]
         least = min(whole, key=lambda found: sum(row["validation_loss"] for row in found), default=[])
@@ -166,7 +145,7 @@ def tables() -> str:
     lines += ["", "| changed | " + " | ".join(f"{net}, {loss}" for net, loss in columns) + " |", "| --- " * 5 + "|"]
     for rate, change in changes:
         name = ", ".join(f"{k}={v!r}" for k, v in change.items()) or "nothing"
-        same = {"data": "mnist", "activation": "leaky", "method": "dante", "seed": 0, "rate": rate, "settings": change}
+        same = {"data": "mnist", "activation": "leaky_relu", "method": "dante", "seed": 0, "rate": rate, "settings": change}
         cells = [shown(of(**same, net=net, loss=loss)) for net, loss in columns]
         lines.append(f"| {name}{'' if rate == 0.003 else f', rate {rate:g}'} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
