@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import require
+from . import probes
 from .runs import Row
 
 # As in the papers DANTE is blue and SGD green; others take the colours that are left, in order.
@@ -95,7 +96,7 @@ def _reconstructions(cases: list[Row]) -> Any:
     figure, axes = _figure(len(rows), len(rows[0][1]), (0.8, 0.85))
     for (name, pictures), line in zip(rows, axes, strict=True):
         for text, axis in zip(pictures, line, strict=True):
-            pixels = list(bytes.fromhex(text))
+            pixels = probes.pixels_of(text)
             side = round(len(pixels) ** 0.5)
             axis.imshow([pixels[i * side : (i + 1) * side] for i in range(side)], cmap="gray", vmin=0, vmax=255)
             axis.set_xticks([])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +35,7 @@ def svm(model: nn.Sequential, problem: Problem) -> dict[str, Any]:
 
 @torch.no_grad()
 def pictures(model: nn.Sequential, problem: Problem) -> dict[str, Any]:
-    """``originals`` and ``reconstructions``: pixels from 0 to 255 as hexadecimal text, a picture each."""
+    """``originals`` and ``reconstructions``: pixels from 0 to 255, a picture each; see `pixels_of`."""
     assert problem.labels_test is not None
     first = [int((problem.labels_test == label).nonzero()[0]) for label in problem.labels_test.unique()[:SHOWN]]
     x = problem.x_test[first]
@@ -41,7 +43,13 @@ def pictures(model: nn.Sequential, problem: Problem) -> dict[str, Any]:
 
 
 def _as_text(x: Tensor) -> list[str]:
-    return [bytes(row).hex() for row in (x.clamp(0, 1) * 255).round().to(torch.uint8).tolist()]
+    pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8).tolist()
+    return [base64.b64encode(zlib.compress(bytes(row), 9)).decode() for row in pixels]
+
+
+def pixels_of(text: str) -> list[int]:
+    """The pixels of one of `pictures`' texts, which are compressed, in base 64."""
+    return list(zlib.decompress(base64.b64decode(text)))
 
 
 PROBES: dict[str, Callable[[nn.Sequential, Problem], dict[str, Any]]] = {"svm": svm, "pictures": pictures}

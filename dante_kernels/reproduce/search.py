@@ -15,7 +15,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +97,24 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All of it but what the method is called on a page."""
-        content = asdict(self)
-        for name in ("name", "title", "start"):
-            del content["method"][name]
-        return content
+        """All of it but what the method is called on a page, and what has its default, so that rows outlive a new field.
+
+        A default of `Spec` and `Method` must therefore stay as it is.
+        """
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        method = {name: value for name, value in _changed(self.method).items() if name not in ("name", "title", "start")}
+        return content | {"spec": _changed(self.spec), "method": method}
 
     @property
     def key(self) -> str:
         """The same for the same training."""
         return _key(self.settings)
+
+
+def _changed(instance: Spec | Method) -> dict[str, Any]:
+    """Its fields that have not their defaults."""
+    values = {field.name: (getattr(instance, field.name), field.default) for field in fields(instance)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def _key(settings: dict[str, Any]) -> str:
@@ -180,7 +188,7 @@ class Search:
     def job(self, index: int, seed: int, part: str) -> Job:
         """The training at a rate's index."""
         case = self.case
-        spec = Spec(**{**asdict(case.spec), "split": self.split})
+        spec = replace(case.spec, split=self.split)
         return Job(
             spec, case.widths, case.activation, case.loss, case.output, self.method, rate_of(index), seed, case.epochs,
             case.batch, part, case.probe if part == "final" else None,
