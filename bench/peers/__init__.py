@@ -136,32 +136,6 @@ class JointMethod(TorchMethod):
                 self.update(inputs, targets)
 
 
-class AlternatingMethod(TorchMethod):
-    """SNGD: layer by layer, in turns of `problem.block` rows."""
-
-    family = "sngd"
-
-    @abc.abstractmethod
-    def forward(self, layers: Layers, h: Tensor) -> Tensor:
-        """The activations behind a frozen prefix."""
-
-    @abc.abstractmethod
-    def turn(self, active: int, h: Tensor, y: Tensor, one_hot: Tensor, order: Tensor) -> None:
-        """One layer's passes over rows `order` of its input h."""
-
-    def round(self, order: Tensor) -> None:
-        p = self.problem
-        for rows in order.split(p.block or len(order)):
-            for active in range(p.layers):
-                if active and p.block is not None:
-                    h = self.forward(self.weights[:active], p.x[rows])
-                    in_turn = torch.arange(len(rows), device=rows.device)
-                    self.turn(active, h, p.y[rows], p.one_hot[rows], in_turn)
-                else:
-                    h = self.forward(self.weights[:active], p.x) if active else p.x
-                    self.turn(active, h, p.y, p.one_hot, rows)
-
-
 def loss_and_hits(family: str, layers: Layers, x: Tensor, y: Tensor) -> tuple[float, float]:
     """(the loss that the family minimizes, the fraction of rows whose class is the largest output)."""
     h = x.to(layers[0][0])

@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 import dante_kernels as dk
 from dante_kernels import ops
 from dante_kernels.ops import backends
 
-from . import SLOPE, AlternatingMethod, Layers, NotHere, Problem
+from . import SLOPE, Layers, NotHere, Problem, TorchMethod
 
 
 @contextmanager
@@ -27,9 +28,10 @@ def chosen_plan(name: str | None) -> Iterator[None]:
             del os.environ["DANTE_GPU_PLAN"]
 
 
-class Operators(AlternatingMethod):
+class Operators(TorchMethod):
     """`dk.ops`: `layer_forward` for the prefix, `sngd_epoch_` for a pass, `sngd_step_` for a step."""
 
+    family = "sngd"
     plan: str | None = None
 
     def __init__(self, problem: Problem) -> None:
@@ -45,12 +47,12 @@ class Operators(AlternatingMethod):
     def _suffix(self, active: int) -> list[ops.Layer]:
         return [ops.Layer(w, b, "leaky_relu") for w, b in self.weights[active + 1 :]]
 
-    def forward(self, layers: Layers, h: Tensor) -> Tensor:
+    def _forward(self, layers: Layers, h: Tensor) -> Tensor:
         for w, b in layers:
             h = ops.layer_forward(h, w, b, "leaky_relu", backend=self.backend)
         return h
 
-    def turn(self, active: int, h: Tensor, y: Tensor, one_hot: Tensor, order: Tensor) -> None:
+    def _turn(self, active: int, h: Tensor, y: Tensor, one_hot: Tensor, order: Tensor) -> None:
         p = self.problem
         with chosen_plan(self.plan):
             for _ in range(p.epochs):
@@ -58,6 +60,18 @@ class Operators(AlternatingMethod):
                     *self.weights[active], h, y, order, p.batch, self._suffix(active), "leaky_relu", "mse", p.rate,
                     backend=self.backend,
                 )  # fmt: skip
+
+    def round(self, order: Tensor) -> None:
+        p = self.problem
+        for rows in order.split(p.block or len(order)):
+            for active in range(p.layers):
+                if active and p.block is not None:
+                    h = self._forward(self.weights[:active], p.x[rows])
+                    in_turn = torch.arange(len(rows), device=rows.device)
+                    self._turn(active, h, p.y[rows], p.one_hot[rows], in_turn)
+                else:
+                    h = self._forward(self.weights[:active], p.x) if active else p.x
+                    self._turn(active, h, p.y, p.one_hot, rows)
 
     def step(self, x: Tensor, y: Tensor, one_hot: Tensor) -> None:
         with chosen_plan(self.plan):
@@ -72,8 +86,10 @@ class FusedPlan(Operators):
     plan = "fused"
 
 
-class Fit(AlternatingMethod):
+class Fit(TorchMethod):
     """`dk.fit`, end to end: its checks, its schedule and its records are in the time."""
+
+    family = "sngd"
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)

@@ -35,7 +35,7 @@ def svm(model: nn.Sequential, problem: Problem) -> dict[str, Any]:
 
 @torch.no_grad()
 def pictures(model: nn.Sequential, problem: Problem) -> dict[str, Any]:
-    """``originals`` and ``reconstructions``: pixels from 0 to 255, a picture each; see `pixels_of`."""
+    """``originals`` and ``reconstructions``: pixels from 0 to 255, a picture each; see `text_of`."""
     assert problem.labels_test is not None
     first = [int((problem.labels_test == label).nonzero()[0]) for label in problem.labels_test.unique()[:SHOWN]]
     x = problem.x_test[first]
@@ -43,12 +43,16 @@ def pictures(model: nn.Sequential, problem: Problem) -> dict[str, Any]:
 
 
 def _as_text(x: Tensor) -> list[str]:
-    pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8).tolist()
-    return [base64.b64encode(zlib.compress(bytes(row), 9)).decode() for row in pixels]
+    return [text_of(bytes(row)) for row in (x.clamp(0, 1) * 255).round().to(torch.uint8).tolist()]
+
+
+def text_of(pixels: bytes) -> str:
+    """Pixels, compressed, in base 64."""
+    return base64.b64encode(zlib.compress(pixels, 9)).decode()
 
 
 def pixels_of(text: str) -> list[int]:
-    """The pixels of one of `pictures`' texts, which are compressed, in base 64."""
+    """The pixels of a text of `text_of`."""
     return list(zlib.decompress(base64.b64decode(text)))
 
 

@@ -15,7 +15,7 @@ import test_cli
 from support_reproduce import TINY, write_ccpp
 
 from dante_kernels import data
-from dante_kernels.reproduce import experiments, main, plots, published, report, search, summary
+from dante_kernels.reproduce import experiments, main, plots, probes, published, report, search, summary
 from dante_kernels.reproduce.problems import Spec
 from dante_kernels.reproduce.search import Store
 
@@ -112,7 +112,7 @@ def test_the_other_pictures_are_drawn(tmp_path, picture):
     pytest.importorskip("matplotlib")
     method = {
         "method": "dante", "status": "done", "mean": {"test_loss": 0.1}, "spread": {"test_loss": None}, "curve": [],
-        "pictures": {"originals": ["00ff10ff"] * 2, "reconstructions": ["00ff10ff"] * 2},
+        "pictures": dict.fromkeys(("originals", "reconstructions"), [probes.text_of(bytes([0, 255, 16, 255]))] * 2),
     }  # fmt: skip
     case = {"title": "c", "net": "4-3-4", "speed_only": False, "methods": [method]}
     found = {"name": "x", "picture": picture, "cases": [case]}
