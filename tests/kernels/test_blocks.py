@@ -12,6 +12,7 @@ from test_persistent import MEET, ONLY_ARRIVE, ends, mutant, poisoned_scratch, t
 
 from dante_kernels import kernels, losses, reference
 from dante_kernels.kernels import barrier
+from dante_kernels.ops import blocks
 from dante_kernels.ops.layer import flatten
 
 # layer, number of steps; the second and third blocks go on where the last block of their layer stopped
@@ -191,3 +192,32 @@ def test_the_schedules_see_models_that_share_what_is_each_ones_own(what, tmp_pat
             ended = ends(lambda got=got: kernels.sngd_epochs_(list(calls_of(got, 40, 0.0))))
         assert not (ended and all(torch.equal(p.weight, q.weight) for p, q in zip(got, right, strict=True)))
     barrier._counters.clear()
+
+
+@pytest.mark.parametrize("wrong", ["momentum", "velocity", "weight that shares its memory"])
+def test_what_is_wrong_is_said_before_anything_changes_and_changes_are_counted(wrong):
+    p = make_problem(seed=24, rows=40, n_in=15, widths=(10, 7))
+    layers = [blocks.Layer(p.weight, p.bias, "relu"), blocks.Layer(p.suffix[0][0], p.suffix[0][1], "relu")]
+    rest = {"nesterov": False, "relative_lr": False, "reset_momentum": False, "x_scale": 1.0}
+    turns = [blocks.Block(0, [slice(0, 40)], 0.1), blocks.Block(1, [slice(0, 40)], 0.1)]
+    launcher = (kernels, tiles(p, 20)._replace(rows=16))
+
+    def run(last, momentum, velocities):
+        return blocks.sngd_blocks_(
+            launcher, [layers[0], last], velocities, p.x, p.target, turns, 20, "mse", momentum=momentum, **rest
+        )
+
+    still = [blocks.Velocity(None, None)] * 2
+    before = [t.clone() for layer in layers for t in layer[:2]]
+    last, momentum, velocities = {
+        "momentum": (layers[1], 0.9, still),
+        "velocity": (layers[1], 0.9, [blocks.Velocity(torch.zeros(3), None)] * 2),
+        "weight that shares its memory": (layers[1]._replace(weight=p.suffix[0][0][:1].expand(7, 10)), 0.0, still),
+    }[wrong]
+    with pytest.raises((ValueError, TypeError), match=r"velocity_weight|velocity_bias|weight"):
+        run(last, momentum, velocities)
+    assert all(torch.equal(now, t) for now, t in zip((t for layer in layers for t in layer[:2]), before, strict=True))
+    versions = [t._version for layer in layers for t in layer[:2]]
+    with interleaved(0):
+        run(layers[1], 0.0, still)
+    assert all(t._version > version for t, version in zip((t for one in layers for t in one[:2]), versions, strict=True))
