@@ -101,3 +101,14 @@ def test_flat_operators_build_no_graph():
     assert not loss.requires_grad
     h = torch.ops.dante.layer_forward(problem.x, data[0], problem.bias, chain[2][:3])
     assert not h.requires_grad
+
+
+@pytest.mark.parametrize("numbers", [[7.0, 1.0, 1.0], [0.0, 2.0, 1.0], [0.0, float("nan"), 1.0]])
+def test_a_flat_operator_names_numbers_that_are_no_activation(numbers):
+    problem = make_problem(seed=4)
+    data, (suffix_weights, suffix_biases, activations, loss) = flat(problem)
+    before = problem.weight.clone()
+    wrong = [*activations[:3], *numbers]
+    with pytest.raises(ValueError, match="activation: expected a code|expected finite slopes"):
+        torch.ops.dante.sngd_step_(*data, suffix_weights, suffix_biases, wrong, loss, torch.tensor(0.1))
+    assert torch.equal(problem.weight, before)
