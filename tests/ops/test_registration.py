@@ -109,6 +109,6 @@ def test_a_flat_operator_names_numbers_that_are_no_activation(numbers):
     data, (suffix_weights, suffix_biases, activations, loss) = flat(problem)
     before = problem.weight.clone()
     wrong = [*activations[:3], *numbers]
-    with pytest.raises(ValueError, match="activation: expected a code|expected finite slopes"):
+    with pytest.raises(ValueError, match=r"activation: expected a code|expected finite slopes"):
         torch.ops.dante.sngd_step_(*data, suffix_weights, suffix_biases, wrong, loss, torch.tensor(0.1))
     assert torch.equal(problem.weight, before)
