@@ -1,17 +1,23 @@
 """The study behind docs/defaults.md: `dk.fit` in short blocks against SGD with momentum, at equal numbers of weights updated.
 
 ``python -m bench.defaults --data-dir DIR`` trains what bench/results/defaults.jsonl has no row of yet, in the order of `cases`
-(about two hours on one core for all), and ``--table`` prints the tables. DIR has a folder of IDX files for each data set.
+(about three hours on one core for all; ``--jobs`` trains side by side), and ``--table`` prints the tables. DIR has a folder of
+IDX files for each data set.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
+import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +46,8 @@ GRIDS = [
     *(("fashion-mnist", net, "leaky_relu", loss) for loss in ("mse", "cross_entropy") for net in (ONE, THREE)),
     ("mnist", FIVE, "leaky_relu", "mse"),
 ]
+# Nets that the papers have beside them; with these the rates were not searched, but for SGD's better of two.
+MORE_NETS = [("mnist", net, "leaky_relu", "mse") for net in ("784-250-10", "784-600-10", "784-100-100-10")]
 # One setting changed at a time, with the rate that it then takes.
 VARIANTS: list[tuple[float, Row]] = [
     (0.003, {"inner_steps": 5}),
@@ -49,7 +57,38 @@ VARIANTS: list[tuple[float, Row]] = [
     (0.003, {"reset_momentum": True}),
     (0.03, {"relative_lr": False}),
     (0.003, {"direction": "nesterov"}),
+    (0.003, {"order": "output first"}),
+    (0.003, {"lr_schedule": "constant"}),
+    (0.003, {"lr_schedule": "warm-up"}),
+    (0.003, {"batches": "growing"}),
+    (0.003, {"initialisation": "He"}),
+    (0.003, {"initialisation": "orthogonal"}),
 ]
+
+
+def cosine(round_: float, rounds: float) -> float:
+    """The rate's factor in a round, as `dk.fit` has it."""
+    return (1 + math.cos(math.pi * round_ / rounds)) / 2
+
+
+SCHEDULES: dict[str, str | Callable[[int, int], float]] = {
+    "cosine": "cosine",
+    "constant": "constant",
+    "warm-up": lambda round_, rounds: 0.3 if round_ == 0 else cosine(round_ - 1, rounds - 1),
+}
+INITIALISATIONS: dict[str, Callable[[torch.Tensor], object]] = {
+    "He": functools.partial(nn.init.kaiming_normal_, a=0.01, nonlinearity="leaky_relu"),
+    "orthogonal": functools.partial(nn.init.orthogonal_, gain=nn.init.calculate_gain("leaky_relu", 0.01)),
+}
+
+
+class OutputFirst(dk.RoundRobin):
+    """Every layer, from the output back to the input."""
+
+    def phases(self, widths: list[int]) -> list[Any]:
+        """One phase over all layers."""
+        (phase,) = super().phases(widths)
+        return [replace(phase, order=phase.order[::-1])]
 
 
 def cases() -> Iterator[Row]:
@@ -62,11 +101,36 @@ def cases() -> Iterator[Row]:
     for grid in GRIDS:
         yield from (case(*grid, "dante", rate, 0) for rate in DANTE_RATES[grid[2]])
         yield from (case(*grid, "sgd", rate, 0) for rate in SGD_RATES[grid[2], grid[3]])
-    for net in (ONE, "784-250-10", "784-600-10", "784-100-100-10", TWO, THREE):
+    for _, net, *_ in (*MORE_NETS, *GRIDS[:3]):
         yield from (case("mnist", net, "leaky_relu", "mse", "dante", 0.003, seed) for seed in range(3))
         yield from (case("mnist", net, "leaky_relu", "mse", "sgd", rate, seed) for rate in (0.3, 1.0) for seed in range(3))
+    for grid in GRIDS:
+        rates = {"dante": 0.003, "sgd": best(of(read(), **grid_of(grid), method="sgd", seed=0), 0.3)}
+        yield from (case(*grid, method, rates[method], seed) for method in rates for seed in range(3))
     for net, loss, (rate, change) in itertools.product((ONE, THREE), ("mse", "cross_entropy"), VARIANTS):
         yield case("mnist", net, "leaky_relu", loss, "dante", rate, 0, **change)
+
+
+def grid_of(grid: tuple[str, str, str, str]) -> Row:
+    """What all trainings of one of `GRIDS` share."""
+    return dict(zip(("data", "net", "activation", "loss", "settings"), (*grid, {}), strict=True))
+
+
+def of(rows: list[Row], **wanted: Any) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def best(rows: list[Row], otherwise: float) -> float:
+    """The rate of the least validation loss, averaged over those seeds that every rate has."""
+    by_rate = {rate: of(rows, rate=rate) for rate in {row["rate"] for row in rows}}
+    most = max((len(found) for found in by_rate.values()), default=0)
+    whole = {
+        rate: statistics.mean(row["validation_loss"] for row in found)
+        for rate, found in by_rate.items()
+        if len(found) == most and all(row["validation_loss"] is not None for row in found)
+    }
+    return min(whole, key=lambda rate: whole[rate], default=otherwise)
 
 
 def key(row: Row) -> str:
@@ -92,9 +156,25 @@ def train(row: Row, split: data.Dataset) -> Row:
         return row | {name: found.get(name) for name in names}
     model, start = runs.build(widths, activation, activation if loss == "mse" else "identity", row["seed"]), time.perf_counter()
     settings = {"relative_lr": True, "momentum": 0.9, **row["settings"]}
-    turns = dk.RoundRobin(rounds=EPOCHS, inner_epochs=1, inner_steps=settings.pop("inner_steps", 20))
-    x, y = problem.x, problem.y
-    dk.fit(model, x, y, loss=loss, schedule=turns, lr=row["rate"], batch_size=BATCH, seed=row["seed"], **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(row["seed"])
+        initialise = INITIALISATIONS.get(settings.pop("initialisation", ""), lambda weight: None)
+        for weight in (p for p in model.parameters() if p.dim() == 2):
+            initialise(weight)
+    kind = OutputFirst if settings.pop("order", "") else dk.RoundRobin
+    lr_schedule, steps = SCHEDULES[settings.pop("lr_schedule", "cosine")], settings.pop("inner_steps", 20)
+    # So many rounds of mini-batches of so many rows; two of half the size and eight of twice it make as many steps as eight.
+    parts = [(2, BATCH // 2), (EPOCHS, 2 * BATCH)] if settings.pop("batches", "") else [(EPOCHS, BATCH)]
+    done, steps_of_all = 0.0, sum(rounds / size for rounds, size in parts)
+    for rounds, size in parts:
+        if len(parts) > 1:
+            begin, share = done / steps_of_all, rounds / size / steps_of_all
+            lr_schedule = functools.partial(_part_of_cosine, begin, share)
+            done += rounds / size
+        dk.fit(
+            model, problem.x, problem.y, loss=loss, schedule=kind(rounds=rounds, inner_epochs=1, inner_steps=steps),
+            lr=row["rate"], lr_schedule=lr_schedule, batch_size=size, seed=row["seed"], **settings,
+        )  # fmt: skip
     seconds, test = time.perf_counter() - start, runs.evaluate(model, split.x_test, split.y_test, loss)
     return row | validate(model, problem) | dict(zip(names[2:], (*test, seconds), strict=True))
 
@@ -104,57 +184,63 @@ def read() -> list[Row]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
+def _part_of_cosine(begin: float, share: float, round_: int, rounds: int) -> float:
+    return cosine(begin + share * round_ / rounds, 1)
+
+
 def tables() -> str:
     """The tables of docs/defaults.md, in Markdown."""
     rows = read()
 
-    def of(**wanted: Any) -> list[Row]:
-        return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-
-    def shown(found: list[Row]) -> str:
-        if not found:
+    def shown(found: list[Row], seeds: int = 1) -> str:
+        if len(found) < seeds:
             return "not run"
-        loss = statistics.mean(row["test_loss"] for row in found)
-        return f"{loss:.5f} / {100 * statistics.mean(row['test_accuracy'] for row in found):.2f} %"
+        losses, hits = [row["test_loss"] for row in found], [100 * row["test_accuracy"] for row in found]
+        if seeds == 1:
+            return f"{losses[0]:.5f} / {hits[0]:.2f} %"
+        ends = (f"{statistics.mean(v):.{n}f} ± {statistics.stdev(v):.{n}f}" for v, n in ((losses, 5), (hits, 2)))
+        return " / ".join(ends) + " %"
 
-    def best(found: list[Row]) -> Row:
-        return min((row for row in found if row["validation_loss"] is not None), key=lambda row: row["validation_loss"])
-
-    lines = ["| data, net | activation, loss | DANTE at 0.003 | DANTE's best rate | SGD's best rate |", "| --- " * 5 + "|"]
-    for data_set, net, activation, loss in GRIDS:
-        grid = of(data=data_set, net=net, activation=activation, loss=loss, seed=0, settings={})
-        ours, theirs = ([row for row in grid if row["method"] == method] for method in ("dante", "sgd"))
-        default = shown([row for row in ours if row["rate"] == 0.003])
-        ends = [f"{best(side)['rate']:g}: {shown([best(side)])}" for side in (ours, theirs)]
-        lines.append(f"| {data_set} {net} | {activation}, {loss} | {default} | {ends[0]} | {ends[1]} |")
-    nets = list(dict.fromkeys(row["net"] for row in rows if row["seed"] == 2))
-    lines += [
-        "",
-        "| mnist, mse, leaky_relu, seeds 0 to 2 | DANTE at 0.003 | SGD at the better of 0.3 and 1 |",
-        "| --- " * 3 + "|",
-    ]
-    for net in nets:
-        same = {"data": "mnist", "net": net, "activation": "leaky_relu", "loss": "mse", "settings": {}}
-        sgd = [of(**same, method="sgd", rate=rate) for rate in (0.3, 1.0)]
-        whole = [found for found in sgd if len(found) == 3]
-        least = min(whole, key=lambda found: sum(row["validation_loss"] for row in found), default=[])
-        rate = f"{least[0]['rate']:g}: " if least else ""
-        lines.append(f"| {net} | {shown(of(**same, method='dante', rate=0.003))} | {rate}{shown(least)} |")
+    head = "| data, net | activation, loss | DANTE at 0.003 | DANTE's best rate | SGD's best rate |"
+    lines = [head, "| --- " * 5 + "|"]
+    for grid in GRIDS:
+        ours, theirs = (of(rows, **grid_of(grid), seed=0, method=method) for method in ("dante", "sgd"))
+        ends = [f"{best(side, 0):g}: {shown(of(side, rate=best(side, 0)))}" for side in (ours, theirs)]
+        default = shown(of(ours, rate=0.003))
+        lines.append(f"| {grid[0]} {grid[1]} | {grid[2]}, {grid[3]} | {default} | {ends[0]} | {ends[1]} |")
+    lines += ["", "| seeds 0 to 2 | activation, loss | DANTE at 0.003 | SGD's best rate |", "| --- " * 4 + "|"]
+    for data_set, net, activation, loss in (*MORE_NETS, *GRIDS):
+        ours, theirs = (of(rows, **grid_of((data_set, net, activation, loss)), method=method) for method in ("dante", "sgd"))
+        whole = [row for row in theirs if len(of(theirs, rate=row["rate"])) == 3]
+        rate = best(whole, 0)
+        cells = f"{shown(of(ours, rate=0.003), 3)} | {rate:g}: {shown(of(whole, rate=rate), 3)}"
+        lines.append(f"| {data_set} {net} | {activation}, {loss} | {cells} |")
     changes = [(0.003, {}), *VARIANTS]
     columns = [(net, loss) for net in (ONE, THREE) for loss in ("mse", "cross_entropy")]
     lines += ["", "| changed | " + " | ".join(f"{net}, {loss}" for net, loss in columns) + " |", "| --- " * 5 + "|"]
     for rate, change in changes:
         name = ", ".join(f"{k}={v!r}" for k, v in change.items()) or "nothing"
         same = {"data": "mnist", "activation": "leaky_relu", "method": "dante", "seed": 0, "rate": rate, "settings": change}
-        cells = [shown(of(**same, net=net, loss=loss)) for net, loss in columns]
-        lines.append(f"| {name}{'' if rate == 0.003 else f', rate {rate:g}'} | " + " | ".join(cells) + " |")
+        cells = " | ".join(shown(of(rows, **same, net=net, loss=loss)) for net, loss in columns)
+        lines.append(f"| {name}{'' if rate == 0.003 else f', rate {rate:g}'} | {cells} |")
     return "\n".join(lines)
+
+
+@functools.cache
+def _split(name: str, directory: Path) -> data.Dataset:
+    return data.load(name, directory / name)
+
+
+def _train_one(row: Row, directory: Path) -> Row:
+    torch.set_num_threads(1)
+    return train(row, _split(row["data"], directory))
 
 
 def main() -> None:
     """The command."""
     p = argparse.ArgumentParser("python -m bench.defaults", description=__doc__)
     p.add_argument("--data-dir", type=Path, help="has a folder of IDX files for each of mnist and fashion-mnist")
+    p.add_argument("--jobs", type=int, default=1, help="trainings side by side, each on one core (default 1)")
     p.add_argument("--table", action="store_true", help="only print the tables of the rows that are there")
     a = p.parse_args()
     if a.table:
@@ -162,18 +248,12 @@ def main() -> None:
         return
     if a.data_dir is None:
         p.error("--data-dir: expected a folder")
-    torch.set_num_threads(1)
-    splits: dict[str, data.Dataset] = {}
     done = {key(row) for row in read()}
-    for row in cases():
-        if key(row) in done:
-            continue
-        name = row["data"]
-        if name not in splits:
-            splits[name] = data.load(name, a.data_dir / name)
-        done.add(key(row))
-        with ROWS.open("a") as file:
-            file.write(json.dumps(train(row, splits[name])) + "\n")
+    left = list({key(row): row for row in cases() if key(row) not in done}.values())
+    with ProcessPoolExecutor(a.jobs, get_context("spawn")) as pool:
+        for row in pool.map(functools.partial(_train_one, directory=a.data_dir), left):
+            with ROWS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

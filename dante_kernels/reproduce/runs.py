@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -49,6 +50,8 @@ class Method:
         momentum, reset_momentum, relative_lr, lr_schedule: as for `dk.fit`; torch's methods know the first and the last.
         inner_epochs: T, passes of a layer in one block; an integer part or a multiple of the run's epochs.
         inner_steps: where given, blocks of so many mini-batches, a pass of each layer a round.
+        stacked: whether layers are trained in pairs, from the outermost inwards, in the whole network (2018).
+        finetune_lr: where given, the last `inner_epochs` epochs are end-to-end SGD at this rate.
     """
 
     name: str
@@ -62,6 +65,8 @@ class Method:
     lr_schedule: str = "constant"
     inner_epochs: float = 5
     inner_steps: int | None = None
+    stacked: bool = False
+    finetune_lr: float | None = None
 
 
 PUBLISHED_T = "T = 5, constant rate"
@@ -73,6 +78,10 @@ METHODS = {
         Method(
             "dante-short", "DANTE in short blocks (20 steps, relative rate, momentum 0.9, cosine)", -4,
             momentum=0.9, relative_lr=True, lr_schedule="cosine", inner_steps=20,
+        ),
+        Method("dante-stacked", f"DANTE, pair after pair ({PUBLISHED_T})", -2, stacked=True),
+        Method(
+            "dante-tuned", f"DANTE, pair after pair, then end to end ({PUBLISHED_T})", -2, stacked=True, finetune_lr=3.0
         ),
         Method("alternating-sgd", f"plain SGD inside the alternation ({PUBLISHED_T})", 0, rule="sgd"),
         Method("dante-adam", f"Adam inside the alternation ({PUBLISHED_T})", -6, rule="adam"),
@@ -217,11 +226,20 @@ def _fit(
     judge: Judge,
 ) -> bool:
     """Train layer by layer; whether it diverged. One hidden layer is Algorithm 2 (outer layer first), more go round-robin."""
-    rounds = epochs if way.inner_steps else round(epochs / way.inner_epochs)
-    if not way.inner_steps and (rounds < 1 or not math.isclose(rounds * way.inner_epochs, epochs)):
-        raise ValueError(f"epochs: expected a multiple of inner_epochs ({way.inner_epochs}), got {epochs}")
-    kind = dk.Alternating if sum(isinstance(m, nn.Linear) for m in model) == 2 else dk.RoundRobin
-    schedule = kind(rounds, 1, way.inner_steps) if way.inner_steps else kind(rounds, way.inner_epochs)
+    turns: dict[str, Any] = {"inner_epochs": 1 if way.inner_steps else way.inner_epochs, "inner_steps": way.inner_steps}
+    if way.finetune_lr is not None:
+        turns |= {"finetune_epochs": round(way.inner_epochs), "finetune_lr": way.finetune_lr}
+    layerwise = epochs - turns.get("finetune_epochs", 0)
+    rounds = round(layerwise / turns["inner_epochs"])
+    if rounds < 1 or not math.isclose(rounds * turns["inner_epochs"], layerwise):
+        least = f" and at least {2 * way.inner_epochs:g}" if way.finetune_lr is not None else ""
+        raise ValueError(f"epochs: expected a multiple of inner_epochs ({way.inner_epochs}){least}, got {epochs}")
+    kind: Callable[..., Any] = dk.RoundRobin
+    if way.stacked:
+        kind = partial(dk.StackedAutoencoder, whole_network=True)
+    elif sum(isinstance(m, nn.Linear) for m in model) == 2:
+        kind = dk.Alternating
+    schedule = kind(rounds=rounds, **turns)
 
     def after_round(history: dk.History) -> None:
         judge(history.weights_updated, history.seconds, history.rounds[-1].loss)

@@ -31,7 +31,7 @@ def test_both_sides_start_from_the_same_weights():
     )
 
 
-@pytest.mark.parametrize("name", runs.METHODS)
+@pytest.mark.parametrize("name", [name for name, method in runs.METHODS.items() if not method.stacked])
 @pytest.mark.parametrize(("loss", "activation"), [("mse", "leaky_relu"), ("cross_entropy", "sigmoid")])
 def test_every_method_learns(name, loss, activation):
     if runs.METHODS[name].rule != "sngd" and runs.METHODS[name].layerwise:
@@ -41,6 +41,20 @@ def test_every_method_learns(name, loss, activation):
     assert row["status"] == "done"
     assert row["test_accuracy"] > 0.8
     assert len(row["curve"]) == (8 if runs.METHODS[name].layerwise and name != "dante-short" else 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "points"), [("dante-stacked", {}, 2 * 4), ("dante-tuned", {"finetune_lr": 0.1}, 2 * 3 + 5)]
+)
+def test_a_stacked_autoencoder_learns_with_as_many_weights_updated(name, settings, points):
+    problem = blobs()
+    problem = problem._replace(y=problem.x, y_test=problem.x_test)
+    net = (problem, (4, 6, 3, 6, 4), "leaky_relu", "mse")
+    row = runs.train(*net, name, 0.1, 0, 20, batch_size=7, **settings)
+    other = runs.train(*net, "sgd", 0.1, 0, 20, batch_size=7)
+    assert row["test_loss"] < 0.7 * row["baseline"]
+    assert len(row["curve"]) == points
+    assert row["weights_updated"] == other["weights_updated"]
 
 
 def test_the_row_is_what_the_model_does_on_the_test_rows():
@@ -67,6 +81,12 @@ def test_a_rate_that_is_far_too_high_is_a_row_that_says_so():
 def test_epochs_that_are_no_whole_rounds_are_refused():
     with pytest.raises(ValueError, match=r"epochs: expected a multiple of inner_epochs \(5\), got 7"):
         runs.train(blobs(), (4, 5, 3), "relu", "mse", "dante", 0.1, 0, 7)
+
+
+def test_end_to_end_training_needs_epochs_of_its_own():
+    problem = blobs()
+    with pytest.raises(ValueError, match=r"multiple of inner_epochs \(5\) and at least 10, got 5"):
+        runs.train(problem._replace(y=problem.x), (4, 6, 3, 6, 4), "relu", "mse", "dante-tuned", 0.1, 0, 5)
 
 
 def test_settings_change_a_method():
