@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -202,6 +203,11 @@ std::tuple<Tensor, Tensor> sngd_epoch_(const Tensor& weight, const OptionalTenso
   return {losses, norms};
 }
 
+// The instruction set of the kernels of this process; an error where DANTE_CPU_ISA names one that is not to be had.
+std::string isa() { return dante::kernels().isa; }
+
+void work_alone() { dante::work_alone(); }
+
 }  // namespace
 
 #define DANTE_PROBLEM "Tensor[] suffix_weights, Tensor?[] suffix_biases, float[] activations, int loss"
@@ -217,6 +223,13 @@ STABLE_TORCH_LIBRARY(dante_cpp, m) {
   m.def("sngd_step_(" DANTE_DATA ", " DANTE_PROBLEM ", " DANTE_UPDATE ", " DANTE_SCALE ") -> (Tensor, Tensor)");
   m.def("sngd_epoch_(" DANTE_DATA ", Tensor? order, int batch_size, " DANTE_PROBLEM ", " DANTE_UPDATE ", " DANTE_SCALE
         ") -> (Tensor, Tensor)");
+  m.def("isa() -> str");
+  m.def("work_alone() -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dante_cpp, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("work_alone", TORCH_BOX(&work_alone));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dante_cpp, CPU, m) {

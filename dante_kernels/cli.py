@@ -69,8 +69,9 @@ def info() -> None:
         ]
         for name, reason in backends.availability().items():
             lines.append((f"backend {name}", "usable" if reason is None else f"not usable: {reason}"))
+        lines.append(("CPU kernels", backends.cpu_kernels() or "none"))
         lines.append(("matmul precision", torch.get_float32_matmul_precision()))
-        variables = (backends.ENVIRONMENT_VARIABLE, "DANTE_CPU_ISA")
+        variables = (backends.ENVIRONMENT_VARIABLE, backends.ISA_VARIABLE)
         lines += [(variable, os.environ[variable]) for variable in variables if os.environ.get(variable)]
         width = max(len(name) for name, _ in lines)
         for name, text in lines:

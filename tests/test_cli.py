@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -365,7 +366,18 @@ def test_info_says_which_backends_can_be_used_and_why_not(dante):
     assert lines["matmul precision"] == torch.get_float32_matmul_precision()
     for name, reason in backends.availability().items():
         assert lines[f"backend {name}"] == ("usable" if reason is None else f"not usable: {reason}")
+    assert lines["CPU kernels"] == (backends.cpu_kernels() or "none")
     assert {"dante_kernels", "python", "triton", "numpy", "CPU", "C++ extension"} <= set(lines)
+
+
+def test_info_says_that_an_instruction_set_cannot_be_had():
+    environment = os.environ | {"DANTE_CPU_ISA": "mmx"}
+    command = [sys.executable, "-m", "dante_kernels.cli", "info"]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert re.search(
+        r"^backend cpp +not usable: (DANTE_CPU_ISA: expected avx512, avx2 or generic, got 'mmx'|the C\+\+)", out, re.M
+    )
+    assert re.search(r"^CPU kernels +none$", out, re.M)
 
 
 def test_info_shows_the_variables_that_are_set(dante, monkeypatch):

@@ -29,21 +29,23 @@ inline Vec broadcast(float s) { return s - Vec{}; }
 inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 inline int64_t round_up(int64_t n, int64_t d) { return ceil_div(n, d) * d; }
 
-// Float32 storage on a cache line's boundary.
+// Float32 storage on a cache line's boundary, and of exactly this size, so that a sanitizer sees what is beside it.
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t size) : size_(size), storage_(new float[static_cast<size_t>(size + 16)]) {
-    const auto address = reinterpret_cast<uintptr_t>(storage_.get());
-    data_ = storage_.get() + (round_up(static_cast<int64_t>(address), 64) - static_cast<int64_t>(address)) / 4;
-  }
-  float* data() const { return data_; }
+  explicit Buffer(int64_t size) : size_(size), storage_(static_cast<float*>(::operator new(bytes(size), kLine))) {}
+  float* data() const { return storage_.get(); }
   int64_t size() const { return size_; }
 
  private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, kLine); }
+  };
+  static size_t bytes(int64_t size) { return static_cast<size_t>(size) * sizeof(float); }
+
   int64_t size_ = 0;
-  std::unique_ptr<float[]> storage_;
-  float* data_ = nullptr;
+  std::unique_ptr<float, Free> storage_;
 };
 
 // A (rows, cols) operand with its columns in panels; see above.

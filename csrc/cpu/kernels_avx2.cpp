@@ -23,6 +23,6 @@ inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__
 #pragma GCC pop_options
 
 namespace dante {
-const Kernels kernels_avx2 = {forward, epoch, gradient};
+const Kernels kernels_avx2 = {"avx2", forward, epoch, gradient};
 }  // namespace dante
 #endif

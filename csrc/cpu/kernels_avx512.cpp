@@ -32,6 +32,6 @@ inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__
 #pragma GCC pop_options
 
 namespace dante {
-const Kernels kernels_avx512 = {forward, epoch, gradient};
+const Kernels kernels_avx512 = {"avx512", forward, epoch, gradient};
 }  // namespace dante
 #endif

@@ -14,5 +14,5 @@ inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 #include "sngd.h"
 
 namespace dante {
-const Kernels kernels_generic = {forward, epoch, gradient};
+const Kernels kernels_generic = {"generic", forward, epoch, gradient};
 }  // namespace dante

@@ -103,8 +103,8 @@ struct Normalizer {
 
 // W <- W - lr G / s over n values, a multiple of kLanes.
 inline void descend(float* w, const float* g, int64_t n, float lr, Normalizer s) {
-  const Vec up = broadcast(s.up), step = broadcast(-(lr * s.inverse));
-  for (int64_t i = 0; i < n; i += kLanes) store(w + i, fma(step, load(g + i) * up, load(w + i)));
+  const Vec up = broadcast(s.up), inverse = broadcast(s.inverse), step = broadcast(-lr);
+  for (int64_t i = 0; i < n; i += kLanes) store(w + i, fma(step, load(g + i) * up * inverse, load(w + i)));
 }
 
 // V <- mu V + G / s; W <- W - lr V, or with Nesterov W <- W - lr (G / s + mu V), over n values, a multiple of kLanes.

@@ -75,6 +75,7 @@ struct Update {
 // One instruction set's kernels. Results are the same bits whenever the same set runs on the same input, on any number of
 // threads.
 struct Kernels {
+  const char* isa;
   // out (visits, n_out), row-major.
   void (*forward)(const Layer& layer, const Input& x, float* out, int threads);
   // Steps over batches of `batch` rows; losses and norms have ceil(visits / batch) elements.
@@ -87,5 +88,8 @@ extern const Kernels kernels_generic, kernels_avx2, kernels_avx512;
 
 // The best set that this processor has, or the one that the environment variable DANTE_CPU_ISA names.
 const Kernels& kernels();
+
+// Makes every later call work on the calling thread alone; for a process forked from one that used the pool's threads.
+void work_alone();
 
 }  // namespace dante

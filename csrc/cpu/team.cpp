@@ -6,6 +6,8 @@
 #include <limits>
 #include <thread>
 
+#include "problem.h"
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -43,8 +45,8 @@ struct Judge {
 };
 thread_local Judge judge;
 
-// Whether this process was forked from one that had loaded this library: the pool's threads, if there were any, are then not
-// here, and asking for them may wait forever (as it does in torch's own operators).
+// Whether this process was forked from one that had loaded this library, or Python says so: the pool's threads, if there were
+// any, are then not here, and asking for them may wait forever (as it does in torch's own operators).
 bool forked = false;
 #if defined(__unix__) || defined(__APPLE__)
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
@@ -57,6 +59,8 @@ inline void pause() {
 }
 
 }  // namespace
+
+void work_alone() { forked = true; }
 
 Team::Team(int wanted, bool at_once)
     : most_(wanted > 1 && (forked || judge.pauses()) ? 1 : wanted), at_once_(at_once), start_(at_once ? 0 : -1) {}

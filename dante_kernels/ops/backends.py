@@ -23,8 +23,14 @@ from ..activations import Activation
 OPERATORS = ("layer_forward", "sngd_step_", "sngd_epoch_", "layer_gradient")
 NAMES = ("reference", "cpp", "triton")
 ENVIRONMENT_VARIABLE = "DANTE_BACKEND"
+ISA_VARIABLE = "DANTE_CPU_ISA"
 
 logger = logging.getLogger("dante_kernels")
+
+# Whether this process was forked since this module was imported: torch's pool of threads is then not to be relied on.
+_forked: list[bool] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
 
 
 class _Reference:
@@ -63,9 +69,23 @@ def _load_cpp() -> tuple[Any, str | None]:
         return None, "the C++ extension was not built; install g++ and reinstall, with DANTE_BUILD_EXT=1 to see why it fails"
     try:
         torch.ops.load_library(str(library))
-        return SimpleNamespace(**{name: getattr(torch.ops.dante_cpp, name).default for name in OPERATORS}), None
+        found = SimpleNamespace(**{name: getattr(torch.ops.dante_cpp, name).default for name in (*OPERATORS, "isa")})
     except (OSError, RuntimeError, AttributeError) as error:
         return None, f"{library.name} does not load with torch {torch.__version__}: {str(error).splitlines()[0]}"
+    if _forked:
+        torch.ops.dante_cpp.work_alone()
+    try:
+        found.isa()
+    except RuntimeError as error:
+        message = str(error).splitlines()[0]
+        return None, message[message.index(ISA_VARIABLE) :]
+    return found, None
+
+
+def cpu_kernels() -> str | None:
+    """The instruction set of the C++ kernels, ``"avx512"``, ``"avx2"`` or ``"generic"``; None where they cannot be had."""
+    found = _load_cpp()[0]
+    return None if found is None else str(found.isa())
 
 
 @functools.cache
@@ -107,6 +127,8 @@ def _choose(backend: str, device: torch.device, dtype: torch.dtype, asked: str) 
         reason = why_not(fastest, device, dtype)
         if reason is None:
             return fastest
+        if reason.startswith(ISA_VARIABLE):
+            raise ValueError(reason)
         _report_step_down(fastest, "reference", reason)
         return "reference"
     if backend not in NAMES:
@@ -124,7 +146,8 @@ def serving(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     device, stepping down to the reference with one logged reason.
 
     Raises:
-        ValueError: for an unknown name, or a backend named explicitly that cannot serve the call.
+        ValueError: for an unknown name, or a backend named explicitly that cannot serve the call, or an instruction set in
+            DANTE_CPU_ISA that is unknown or not to be had.
     """
     asked = "backend"
     if backend == "auto":

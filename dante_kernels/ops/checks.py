@@ -56,6 +56,8 @@ def argument_types(
     for name, value in whole.items():
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
             raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
+        if isinstance(value, int) and value >= 2**63:
+            raise ValueError(f"{name}: expected a number below 2^63, got {value}")
 
 
 def backend_name(value: object) -> str:
@@ -222,16 +224,41 @@ def update(
 
 
 def no_aliases(written: dict[str, Tensor | None], args: tuple[Any, ...]) -> None:
-    """What is changed in place must not begin where another argument begins."""
-    places = []
-    for value in args:
-        if isinstance(value, Tensor):
-            places.append(value.data_ptr())
-        elif isinstance(value, list | tuple):
-            places += [one.data_ptr() for one in value if isinstance(one, Tensor)]
-    for name, changed in written.items():
-        if changed is not None and places.count(changed.data_ptr()) > 1:
-            raise ValueError(f"{name}: is changed in place, but shares its memory with another argument; pass a clone()")
+    """What is changed in place must share no memory with another argument."""
+    names = {id(changed): name for name, changed in written.items() if changed is not None}
+    parts = (one for value in args for one in (value if isinstance(value, list | tuple) else (value,)))
+    spans = sorted(((*_span(one), one) for one in parts if isinstance(one, Tensor) and one.numel()), key=lambda span: span[0])
+    before: list[tuple[int, Tensor]] = []  # those whose span reaches into the next one's
+    for first, end, one in spans:
+        before = [span for span in before if span[0] > first]
+        for _, other in before:
+            name = names.get(id(one)) or names.get(id(other))
+            if name and (one is other or _overlap(one, other)):
+                raise ValueError(f"{name}: is changed in place, but shares its memory with another argument; pass a clone()")
+        before.append((end, one))
+
+
+def _span(value: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and of that after its last."""
+    first = value.data_ptr()
+    if value.is_contiguous():
+        return first, first + value.nbytes
+    last = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    return first, first + (last + 1) * value.element_size()
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors whose spans meet have a byte in common: the rows of one may lie between the other's."""
+    begin = min(_span(one)[0], _span(other)[0])
+    taken = torch.zeros(max(_span(one)[1], _span(other)[1]) - begin, dtype=torch.bool)
+
+    def bytes_of(value: Tensor) -> Tensor:
+        size = value.element_size()
+        strides = [stride * size for stride in value.stride()]
+        return taken.as_strided((*value.shape, size), (*strides, 1), value.data_ptr() - begin)
+
+    bytes_of(one).fill_(True)
+    return bool(bytes_of(other).any())
 
 
 def number(name: str, value: object) -> float:
@@ -256,6 +283,8 @@ def batches(order: Tensor | None, batch_size: int, x: Tensor) -> None:
     if order is None:
         return
     tensor("order", order)
+    if order.shape == (0,):
+        raise ValueError("order: expected at least one row number, got none")
     _shape("order", order, ("n",))
     _same_place("order", order, x, (torch.int64,))
     if order.device.type == "cpu" and type(order) is Tensor:

@@ -101,7 +101,7 @@ def test_a_wrong_argument_of_the_update_is_named(more, error, message):
         (None, 0, ValueError, "batch_size: expected at least 1, got 0"),
         (torch.arange(7).int(), 2, TypeError, "order: expected int64, got int32"),
         (torch.zeros(2, 2, dtype=torch.int64), 2, ValueError, r"order: expected shape \(n,\)"),
-        (torch.zeros(0, dtype=torch.int64), 2, ValueError, r"order: expected shape \(n,\), got \(0,\)"),
+        (torch.zeros(0, dtype=torch.int64), 2, ValueError, "order: expected at least one row number, got none"),
         (torch.tensor([0, 7]), 2, ValueError, "order: expected row numbers from 0 to 6, got 0 to 7"),
         (torch.tensor([-1, 3]), 2, ValueError, "order: expected row numbers from 0 to 6, got -1 to 3"),
     ],
@@ -191,3 +191,33 @@ def test_memory_that_is_shared_with_what_changes_is_refused(other, backend):
     with pytest.raises(ValueError, match="is changed in place, but shares its memory"):
         ops.sngd_step_(*problem.args, 0.1, backend=backend, **more)
     assert torch.equal(problem.weight, before)
+
+
+def test_memory_that_is_shared_in_part_is_refused_and_rows_in_between_are_not(backend):
+    target = torch.zeros(4, 5)
+    for weight_at, bias_at in ((slice(0, 50), slice(49, 54)), (slice(10, 60), slice(2, 12, 2))):
+        buffer = torch.linspace(-1, 1, 200)
+        before = buffer.clone()
+        with pytest.raises(ValueError, match="is changed in place, but shares its memory"):
+            ops.sngd_step_(
+                buffer[weight_at].view(5, 10), buffer[bias_at], torch.ones(4, 10), target, (), "relu", "mse", 0.1,
+                backend=backend,
+            )  # fmt: skip
+        assert torch.equal(buffer, before)
+    both = torch.linspace(-1, 1, 110).view(5, 22)
+    weight, velocity, bias, velocity_bias = both[:, :10], both[:, 10:20], both[:, 20], both[:, 21]
+    alone = [t.clone() for t in (weight, bias, velocity, velocity_bias)]
+    for w, b, v, v_b in ((weight, bias, velocity, velocity_bias), alone):
+        more = {"velocity_weight": v, "velocity_bias": v_b, "momentum": 0.9, "backend": backend}
+        ops.sngd_step_(w, b, torch.ones(4, 10), target, (), "relu", "mse", 0.1, **more)
+    torch.testing.assert_close([weight, bias, velocity, velocity_bias], alone)
+
+
+def test_an_empty_order_and_too_large_a_number_are_named(backend):
+    problem = make_problem(seed=0)
+    for order, batch_size, message in (
+        (torch.empty(0, dtype=torch.int64), 2, "order: expected at least one row number, got none"),
+        (None, 2**64, "batch_size: expected a number below 2\\^63, got 18446744073709551616"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.sngd_epoch_(*problem.args[:4], order, batch_size, *problem.args[4:], 0.1, backend=backend)

@@ -249,7 +249,7 @@ def test_an_unknown_instruction_set_is_refused():
     code = "import torch; from dante_kernels import ops; ops.layer_forward(torch.ones(1, 1), torch.ones(1, 1), None, 'relu')"
     environment = os.environ | {"DANTE_CPU_ISA": "mmx"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "DANTE_CPU_ISA: expected avx512, avx2 or generic, got 'mmx'" in done.stderr
+    assert "ValueError: DANTE_CPU_ISA: expected avx512, avx2 or generic, got 'mmx'" in done.stderr
 
 
 def test_calls_from_several_threads_do_not_disturb_each_other():
@@ -263,6 +263,38 @@ def test_calls_from_several_threads_do_not_disturb_each_other():
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(train, range(8)))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+FORKED = """
+import os, signal, torch
+import dante_kernels as dk
+
+torch.set_num_threads(2)
+torch.randn(2000, 2000).exp()  # torch's pool has its threads, the extension is not loaded yet
+weight, x, target = torch.ones(100, 784), torch.ones(2000, 784), torch.zeros(2000, 100)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    dk.ops.sngd_epoch_(weight, None, x, target, None, 100, (), "relu", "mse", 0.1, backend="cpp")
+    os._exit(0)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+def test_a_process_that_was_forked_before_the_first_call_trains():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_the_largest_rates_make_steps_of_their_length(momentum):
+    problem = make_problem(seed=6, rows=80, n_in=30, widths=(20, 3))
+    velocity = {"velocity_weight": torch.zeros(20, 30), "velocity_bias": torch.zeros(20)} if momentum else {}
+    before = problem.weight.clone()
+    ops.sngd_step_(*problem.args, 3e38, momentum=momentum, backend="cpp", **velocity)
+    assert torch.isfinite(problem.weight).all()
+    assert 2e38 < (problem.weight.double() - before.double()).norm() <= 3e38
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")

@@ -57,15 +57,54 @@ def run(package, isa, *arguments):
     return done.stdout
 
 
+# The package is imported before pytest puts the checkout first on the path.
+RUN = """
+import sys
+import dante_kernels.ops
+import pytest
+
+status = pytest.main(sys.argv[1:])
+print(f"status {int(status)} of {sys.modules['dante_kernels.ops'].__file__}")
+sys.exit(status)
+"""
+
+
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
 def test_the_operator_tests_run_clean(package, isa):
-    where = run(package, isa, "-c", "import dante_kernels; print(dante_kernels.__file__)")
-    assert where.startswith(str(package))
     tests = [str(ROOT / "tests" / "ops" / name) for name in ("test_operators.py", "test_promises.py", "test_cpu_kernels.py")]
     select = "(cpp or cpu_kernels) and not every_size and not instruction_set and not memory_of_a_pass"
     options = ["-o", "addopts=", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-k", select]
-    assert " passed" in run(package, isa, "-m", "pytest", *options, *tests)
+    out = run(package, isa, "-c", RUN, *options, *tests)
+    assert out.splitlines()[-1].startswith(f"status 0 of {package}")
+    assert " passed" in out
 
 
 def test_every_size_from_1_to_70_runs_clean_and_right_on_avx512(package):
     assert float(run(package, "avx512", "-c", SIZES)) < 2e-6
+
+
+PLANTED = """
+#include "problem.h"
+#include "standard.h"
+namespace dante { namespace {
+constexpr int kLanes = 4, kRows = 6, kVectors = 2;
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+} }
+#include "gemm.h"
+int main(int count, char**) {
+  const dante::Buffer buffer(5);
+  buffer.data()[count == 1 ? 4 : 5] = 1;
+}
+"""
+
+
+def test_a_write_one_number_behind_a_buffer_is_reported(tmp_path):
+    (tmp_path / "planted.cpp").write_text(PLANTED)
+    program = tmp_path / "planted"
+    command = ["g++", "-std=c++17", *FLAGS.split(), f"-I{ROOT / 'csrc' / 'cpu'}", tmp_path / "planted.cpp", "-o", program]
+    subprocess.run(command, check=True, capture_output=True)
+    assert subprocess.run([program], check=False).returncode == 0
+    done = subprocess.run([program, "beyond"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
