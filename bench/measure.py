@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,14 @@ FRACTIONS = (1.0, 0.5, 0.25, 0.125)
 # tenth of the rows. A flip that grows from step to step (batches of 1, RMSProp) moves right weights by more than a third, so
 # no method is held to more than twice the error of the family's plain composition in float32 here.
 END_TOLERANCE = 0.2
+
+
+@dataclass
+class Watch:
+    """`at` is told which method is at work now; `dead` has those that ended an earlier process, and how: they are not run."""
+
+    dead: dict[str, str] = field(default_factory=dict)
+    at: Callable[[str], object] = lambda name: None
 
 
 class Stretch(NamedTuple):
@@ -220,6 +228,14 @@ def tolerance() -> float:
     return TOLERANCE[torch.get_float32_matmul_precision()]
 
 
+def watched(name: str, truths: Truths, watch: Watch) -> tuple[Row, Method | None]:
+    """`checked`, for a method by its name; one that is dead has failed."""
+    if name in watch.dead:
+        return {"status": "failed", "note": watch.dead[name]}, None
+    watch.at(name)
+    return checked(workloads.METHODS[name], truths)
+
+
 def failed(failure: Exception) -> Row:
     """The fields that say so."""
     return {"status": "failed", "note": " ".join(f"{type(failure).__name__}: {failure}".split())[:200]}
@@ -271,14 +287,16 @@ def compare(
     repeats: int,
     known: limits.Limits,
     cold: bool = False,
+    watch: Watch | None = None,
 ) -> Iterator[Row]:
     """One row for each method. With `cold`, the GPU's L2 cache is swept before every sample, which is one step then."""
+    watch = watch or Watch()
     problem, order = workloads.random_problem(workload, device)
     truths = Truths(kind, problem, order, 1 if cold else STEPS_IN_A_SAMPLE)
     rows: dict[str, Row] = {}
     methods: dict[str, Method] = {}
     for name in names:
-        rows[name], method = checked(workloads.METHODS[name], truths)
+        rows[name], method = watched(name, truths, watch)
         if method is not None:
             methods[name] = method
     sweep = torch.empty(2 * limits.cache_bytes(device) // 4, device=device) if cold else None
@@ -286,6 +304,7 @@ def compare(
     def sample(name: str) -> float:
         if rows[name]["status"] == "failed":
             return math.nan
+        watch.at(name)
         try:
             return one_sample(kind, methods[name], order, truths.steps, None if sweep is None else swept)
         except Exception as failure:  # as in checked
@@ -303,12 +322,15 @@ def compare(
             continue
         fraction = limits.fraction(kind, workload, method.family, device, known, statistics.median(seconds[name]))
         rows[name] |= {"limit_fraction": fraction} | limits.too_fast(fraction)
+        watch.at(name)
         try:
             if not truths.still_right(method):
                 rows[name] |= {"status": "wrong result", "note": "right before it was timed, and not after; not timed"}
         except Exception as failure:  # as in checked
             rows[name] = failed(failure)
-    regime = limits.regime(kind, workload, device, known, latency_of_a_step(kind, workload.layers, device))
+    watch.at(OURS)
+    latency = None if OURS in watch.dead else latency_of_a_step(kind, workload.layers, device)
+    regime = limits.regime(kind, workload, device, known, latency)
     for name, row in rows.items():
         head = {
             "kind": kind, "net": workload.net, "batch": workload.batch, "rows": workload.rows, "method": name,

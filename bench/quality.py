@@ -99,18 +99,20 @@ def compare(
     rounds: int,
     target: float,
     known: limits.Limits,
+    watch: measure.Watch | None = None,
 ) -> Iterator[list[tuple[Row, Row | None]]]:
     """(row, curve) for each method: seconds to the target over the seeds so far, and the first seed's whole run.
 
     Given after each seed from the second on, so that little is lost where it is interrupted.
     """
+    watch = watch or measure.Watch()
     order = torch.randperm(workload.rows, generator=torch.Generator().manual_seed(0)).to(device)
     truths = measure.Truths("pass", problem_of(split, workload, float("nan"), 0, device), order)
     chosen: dict[str, float] = {}
     methods: dict[str, Method] = {}
     rows: dict[str, Row] = {}
     for name in names:
-        row, method = measure.checked(workloads.METHODS[name], truths)
+        row, method = measure.watched(name, truths, watch)
         if method is None:
             rows[name] = row
             continue
@@ -129,6 +131,7 @@ def compare(
             for name in draw.sample(list(methods), len(methods)):
                 if name in rows:
                     continue
+                watch.at(name)
                 methods[name].problem = replace(methods[name].problem, start=start)
                 try:
                     runs[name].append(curve(methods[name], split, rounds, seed, None if seed == 1 else target))

@@ -277,6 +277,19 @@ def test_a_peer_that_breaks_while_it_is_timed_loses_only_its_own_row(monkeypatch
     assert "out of memory" in rows[1]["note"]
 
 
+def test_a_method_that_killed_an_earlier_process_is_not_run_and_each_is_named_before_it_is(monkeypatch):
+    named = []
+    watch = measure.Watch({OURS: "killed it", "torch SGD": "killed it"}, named.append)
+    made, real = [], workloads.make
+    monkeypatch.setattr(workloads, "make", lambda place, problem: (made.append((place, named[-1])), real(place, problem))[1])
+    rows = list(measure.compare("pass", SMALL, CPU, [OURS, "torch SGD", "torch SNGD"], 2, KNOWN, watch=watch))
+    assert [(row["status"], row.get("note")) for row in rows] == [("failed", "killed it")] * 2 + [("timed", None)]
+    split, workload = quality.load("digits", None, 100)
+    (pairs,) = quality.compare(split, workload, CPU, ["torch SNGD", "torch SGD"], 2, 1, 0.01, KNOWN, watch)
+    assert [row["status"] for row, _ in pairs] == ["timed", "failed"]
+    assert made == [("torch_plain:PlainSngd", "torch SNGD")] * 2
+
+
 def test_a_time_to_quality_survives_a_peer_that_breaks_in_a_timed_seed(monkeypatch):
     split, workload = quality.load("digits", None, 100)
     real = quality.curve

@@ -13,7 +13,7 @@ import time
 import pytest
 from test_bench_rows import a_row
 
-from bench import app, report, workloads
+from bench import app, process, report, workloads
 from bench.workloads import OURS
 from dante_kernels import cli_bench
 
@@ -94,14 +94,72 @@ def test_a_measuring_process_ends_with_its_parent(monkeypatch, tmp_path):
     (tmp_path / "bench").mkdir()
     program = "import json, os, time\nprint(json.dumps(os.getpid()), flush=True)\ntime.sleep(60)\n"
     (tmp_path / "bench" / "__main__.py").write_text(program)
-    monkeypatch.setattr(app, "ROOT", tmp_path)
-    messages = app.child({})
-    process, begin = next(messages), time.monotonic()
+    monkeypatch.setattr(process, "ROOT", tmp_path)
+    messages = process.child({})
+    number, begin = next(messages), time.monotonic()
     with pytest.raises(SystemExit):
         messages.throw(SystemExit(143))
     assert time.monotonic() < begin + 30
     with pytest.raises(ProcessLookupError):
-        os.kill(process, 0)
+        os.kill(number, 0)
+
+
+def stand_in(monkeypatch, folder, program):
+    """Measuring processes run this first, then what they would."""
+    (folder / "bench").mkdir()
+    path = f"import sys; sys.path[0] = {str(ROOT)!r}\n"
+    (folder / "bench" / "__main__.py").write_text(f"{path}{program}\nfrom bench import app\nsys.exit(app.main(sys.argv[1:]))\n")
+    monkeypatch.setattr(process, "ROOT", folder)
+
+
+@LINUX
+def test_a_peer_that_kills_the_process_loses_only_its_own_rows(monkeypatch, tmp_path, capsys):
+    program = """
+import os, signal
+from bench import limits, workloads
+from bench.peers import torch_autograd
+limits.of = lambda *_: limits.Limits(1e12, 1e10)
+workloads.of = lambda kind, quick: [workloads.QUICK, workloads.QUICK._replace(batch=20)]
+real = torch_autograd.ForeachSgd.round
+def round(self, order):
+    if self.problem.batch == 20:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    real(self, order)
+torch_autograd.ForeachSgd.round = round
+"""
+    stand_in(monkeypatch, tmp_path, program)
+    arguments = ["pass", "--quick", "--methods", "torch SGD, foreach;torch SNGD", "--output", str(tmp_path / "rows")]
+    assert app.main(arguments) == 1
+    (path,) = (tmp_path / "rows").glob("*.json")
+    found = {(row["batch"], row["method"]): row for row in json.loads(path.read_text())["rows"]}
+    statuses = {key: row["status"] for key, row in found.items() if key[1] != OURS}
+    assert statuses == {
+        (10, "torch SNGD"): "timed", (10, "torch SGD, foreach"): "timed",
+        (20, "torch SNGD"): "timed", (20, "torch SGD, foreach"): "failed",
+    }  # fmt: skip
+    says = "ended the measuring process by SIGSEGV in pass: 20-16-10, batch 20, every layer"
+    assert found[20, "torch SGD, foreach"]["note"] == f"{says}; left out since"
+    assert f"dante bench: torch SGD, foreach {says}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "says"),
+    [
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            1,
+            "something ended the measuring process by SIGKILL in its",
+        ),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", 143, ""),
+        ("sys.exit(3)", 3, ""),
+    ],
+)
+def test_a_process_that_ends_for_no_method_is_not_started_again(monkeypatch, tmp_path, capsys, program, status, says):
+    stand_in(monkeypatch, tmp_path, program)
+    with pytest.raises(SystemExit) as caught:
+        list(process.child({}))
+    assert caught.value.code == status
+    assert says in capsys.readouterr().err
 
 
 def test_a_closed_pipe_and_a_missing_rich_lose_no_files(monkeypatch, tmp_path, capsys):
