@@ -237,27 +237,39 @@ def draw(results: Row, folder: Path) -> int:
 
 
 def against_commit(commit: str, settings: Row, output: Path) -> int:
-    """Print each workload's verdict and write it; 1 where one is slower."""
-    import torch
-
+    """Print each workload's verdict and write it; 1 where one is slower, 2 where not all could be measured."""
     import dante_kernels
 
     from . import against, report
 
     head = Path(dante_kernels.__file__).resolve().parent.parent
+    verdicts: list[Any] = []
+    base_commit = commit
     try:
         with against.checkout(commit, head) as base:
             base_commit = report.commit_of(base) or commit
-            verdicts = against.compare({"base": base, "head": head}, settings, settings["repeats"])
+            for so_far in against.compare({"base": base, "head": head}, settings, settings["repeats"]):
+                verdicts = so_far
     except (ValueError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"dante bench: {error}", file=sys.stderr)
         return 2
+    finally:
+        if verdicts:
+            show_verdicts(verdicts, settings, output, head, commit, base_commit)
+    return int(any(v.slower for *_, v in verdicts))
+
+
+def show_verdicts(verdicts: list[Any], settings: Row, output: Path, head: Path, commit: str, base_commit: str) -> None:
+    """Write and print them."""
+    import torch
+
+    from . import against, report
+
     shared = report.environment(torch.device(settings["device"]), head)
     shared |= {"threads": settings["threads"], "precision": settings["precision"]}
     paths = write(output, "against", against.rows_of(verdicts, shared, base_commit), [], settings["quick"])
     print(f"time of {shared['commit']} over that of {base_commit} ({commit}): median, 95 % interval; {report.setting(shared)}")
     for kind, w, v in verdicts:
         name = f"{kind}: {w.net}, batch {w.batch}, {'one step' if kind == 'step' else w.what}"
-        print(f"{v.ratio:6.3f}  {v.low:.3f} to {v.high:.3f}  {name}{'  SLOWER' if v.slower else ''}")
+        print(f"{v.ratio:6.3f}  {v.low:.3f} to {v.high:.3f}  {name}{'  SLOWER' if v.slower else ''}{against.once(v)}")
     print(*paths, sep="\n", flush=True)
-    return int(any(v.slower for *_, v in verdicts))
