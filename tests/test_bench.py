@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import itertools
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -350,6 +351,42 @@ def test_a_spread_over_15_percent_is_marked():
     assert found["p20"] < found["median"] < found["p80"]
     few = measure.summary([1.0, 4.0])
     assert 1 <= few["p20"] <= few["p80"] <= 4
+
+
+def test_samples_are_taken_without_the_garbage_collector():
+    seen = []
+    measure.interleave({"a": lambda: float(not seen.append(gc.isenabled()))}, repeats=2)
+    assert seen == [False] * 3
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("apart", "noisy"), [(0.149, False), (0.151, True)])
+def test_ratios_rates_and_the_noisy_mark_are_those_of_the_samples(monkeypatch, apart, noisy):
+    """Ours takes 2 s and the other 3 s, of 40 rows, or of 5 in a step."""
+    ours = [2.0 * (1 + apart * part) for part in (-0.6, -0.5, 0, 0, 0.5, 0.6)]  # p20 and p80 are the second and the fifth
+    monkeypatch.setattr(measure, "interleave", lambda samples, repeats: {OURS: ours, "torch SGD": [1.5 * s for s in ours]})
+    for kind, rows in (("pass", 40), ("step", 5)):
+        first, second = measure.compare(kind, SMALL, CPU, [OURS, "torch SGD"], 6, KNOWN)
+        assert (first["ratio"], second["ratio"]) == pytest.approx((1, 1.5))
+        assert (first["samples_per_second"], second["samples_per_second"]) == pytest.approx((rows / 2, rows / 3))
+        assert [(row["noisy"], row["spread"]) for row in (first, second)] == [(noisy, pytest.approx(apart))] * 2
+
+
+def test_the_peer_in_jax_waits_for_its_last_weights(monkeypatch):
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    problem, order = workloads.random_problem(SMALL, CPU)
+    waited, real = [], jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda arrays: (waited.append(jax.tree.leaves(arrays)), real(arrays))[1])
+    for name in ("JAX scan SGD", "JAX scan SNGD"):
+        method = workloads.make(workloads.METHODS[name], problem)
+        measure.one_sample("pass", method, order)
+        assert {id(array) for array in jax.tree.leaves(method.weights)} == {id(array) for array in waited[-1]}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_peers_give_their_familys_result():
+    rows = rows_of("step", ["torch.compile SGD", "torch.compile SNGD"])
+    assert {name: (row["status"], row.get("note")) for name, row in rows.items()} == dict.fromkeys(rows, ("timed", None))
 
 
 def test_a_sample_starts_from_the_same_weights():

@@ -13,7 +13,7 @@ import time
 import pytest
 from test_bench_rows import a_row
 
-from bench import app, process, report, workloads
+from bench import app, process, report, scaling, workloads
 from bench.workloads import OURS
 from dante_kernels import cli_bench
 
@@ -140,6 +140,51 @@ torch_autograd.ForeachSgd.round = round
     says = "ended the measuring process by SIGSEGV in pass: 20-16-10, batch 20, every layer"
     assert found[20, "torch SGD, foreach"]["note"] == f"{says}; left out since"
     assert f"dante bench: torch SGD, foreach {says}\n" in capsys.readouterr().err
+
+
+@LINUX
+def test_the_measuring_process_has_the_settings(monkeypatch, tmp_path):
+    """Its cores, torch's and JAX's threads, the precision and the kernels' instruction set."""
+    program = """
+import json, os, torch
+from bench import process
+from test_bench_rows import a_row
+def measure_rows(settings, device, send):
+    seen = [sorted(os.sched_getaffinity(0)), torch.get_num_threads(), os.environ["XLA_FLAGS"]]
+    seen += [torch.get_float32_matmul_precision(), os.environ["DANTE_CPU_ISA"]]
+    send({"row": a_row(note=json.dumps(seen))})
+process.measure_rows = measure_rows
+"""
+    stand_in(monkeypatch, tmp_path, f"sys.path.append({str(ROOT / 'tests')!r})\n{program}")
+    monkeypatch.setenv("DANTE_CPU_ISA", "avx2")
+    arguments = ["pass", "--threads", "1", "--isa", "generic", "--precision", "medium", "--output", str(tmp_path / "rows")]
+    assert app.main(arguments) == 0
+    (path,) = (tmp_path / "rows").glob("*.json")
+    (row,) = json.loads(path.read_text())["rows"]
+    first = min(os.sched_getaffinity(0))
+    assert json.loads(row["note"]) == [[first], 1, "--xla_cpu_multi_thread_eigen=false", "medium", "generic"]
+
+
+@LINUX
+def test_scaling_measures_every_axis_and_fits_exponents(monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling, "superlinear", lambda rows: ["said of the rows"])
+    stand_in(monkeypatch, tmp_path, "from bench import limits; limits.of = lambda *_: limits.Limits(1e12, 1e10)")
+    arguments = ["--scaling", "--quick", "--methods", "torch SGD, foreach", "--output", str(tmp_path / "rows")]
+    assert app.main(arguments) == 1  # for what is said
+    (path,) = (tmp_path / "rows").glob("bench-scaling-*-quick.json")
+    rows = [report.complete(row) for row in json.loads(path.read_text())["rows"]]
+    works = [f"{axis} {value}" for axis, values in scaling.QUICK.items() for value in values]
+    assert [(row["work"], row["method"]) for row in rows] == list(itertools.product(works, [OURS, "torch SGD, foreach"]))
+    assert {(row["kind"], row["status"]) for row in rows} == {("scaling", "timed")}
+    assert [row["exponent"] is not None for row in rows] == [False, False, True, True] * 4
+
+
+@pytest.mark.parametrize("status", ["wrong result", "failed", "not here"])
+def test_a_row_that_is_wrong_or_failed_is_status_1(monkeypatch, tmp_path, capsys, status):
+    other = a_row(method="torch SGD", status=status, note="far off", median=None, noisy=None)
+    monkeypatch.setattr(app, "child", lambda settings: [{"row": a_row()}, {"row": other}])
+    assert app.main(["pass", "--output", str(tmp_path)]) == int(status != "not here")
+    assert (f"dante bench: torch SGD: {status}: far off" in capsys.readouterr().err) == (status != "not here")
 
 
 @pytest.mark.parametrize(

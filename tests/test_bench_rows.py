@@ -177,6 +177,12 @@ def test_a_time_to_quality_needs_every_run_to_reach_the_target():
     assert "edge" in row["note"]
 
 
+def test_a_ratio_to_quality_is_a_method_s_time_over_ours():
+    rows = [a_row(method="torch SGD", median=3.0), a_row(median=2.0), a_row(method="JAX", status="failed", median=None)]
+    assert [row.get("ratio") for row in quality.with_ratios(rows)] == [1.5, 1.0, None]
+    assert [row.get("ratio") for row in quality.with_ratios(rows[::2])] == [None, None]
+
+
 def test_the_rate_is_the_one_with_the_fewest_updates_to_the_target_else_the_least_loss(monkeypatch):
     def ends(table):
         def curve(method, split, rounds, seed, target):
