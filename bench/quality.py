@@ -55,17 +55,17 @@ def curve(method: Method, split: data.Dataset, rounds: int, seed: int, target: f
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(rows, generator=generator).to(device) for _ in range(rounds)]
     method.reset()
-    method.round(*method.prepare(orders[0]))
+    method.round(type(method).convert(orders[0]))
     method.reset()
     method.wait()
     weights = sum(n_in * n_out + n_out for n_in, n_out in pairwise(method.problem.widths))
     points, seconds = [], 0.0
     for done, order in enumerate(orders, 1):
-        inputs = method.prepare(order)
+        rows_in_turn = type(method).convert(order)
         begin = time.perf_counter()
-        method.round(*inputs)
+        method.round(rows_in_turn)
         method.wait()
-        seconds += time.perf_counter() - begin
+        seconds += time.perf_counter() - begin + measure.left_over(method)
         loss, accuracy = loss_and_hits(method.family, method.layers(), split.x_test, split.y_test)
         updates = done * weights * (rows // method.problem.batch)
         points.append({"weights_updated": updates, "seconds": seconds, "loss": loss, "accuracy": accuracy})

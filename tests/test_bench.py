@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import itertools
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -154,24 +155,55 @@ def test_a_time_below_the_machines_limit_is_marked_and_far_below_it_none(monkeyp
     assert "of the machine's limit: work is put off" in row["note"]
 
 
-def test_work_that_is_put_off_until_the_weights_are_asked_for_is_a_wrong_result(monkeypatch):
-    real_round, real_layers = torch_autograd.ForeachSgd.round, torch_autograd.ForeachSgd.layers
-    asked = []
+def slow_to_read(monkeypatch, seconds=0.05):
+    """Foreach SGD takes that long to give its weights."""
+    real = torch_autograd.ForeachSgd.layers
+    monkeypatch.setattr(torch_autograd.ForeachSgd, "layers", lambda self: (time.sleep(seconds), real(self))[1])
+
+
+@pytest.mark.parametrize(("copy", "counted"), [(1e-3, True), (1.0, False)])
+def test_work_that_is_put_off_until_the_weights_are_asked_for_is_timed(monkeypatch, copy, counted):
+    slow_to_read(monkeypatch)
+    monkeypatch.setattr(measure, "COPY_START", copy)
+    problem, order = workloads.random_problem(SMALL, CPU)
+    method = workloads.make("torch_autograd:ForeachSgd", problem)
+    measure.one_sample("pass", method, order)  # the first is slow
+    assert (measure.one_sample("pass", method, order) > 0.05) == counted
+    assert (measure.one_sample("step", method, order, 2) > 0.025) == counted
+    split, workload = quality.load("digits", None, 100)
+    method.problem = quality.problem_of(split, workload, 0.1, 1, CPU)
+    method = torch_autograd.ForeachSgd(method.problem)
+    points = quality.curve(method, split, 2, 1)
+    assert (points[-1]["seconds"] > 0.1) == counted
+
+
+def test_a_copy_of_large_weights_is_not_timed(monkeypatch):
+    slow_to_read(monkeypatch)
+    monkeypatch.setattr(measure, "COPY_RATE", 1000)  # of 572 bytes
+    assert measure.left_over(workloads.make("torch_autograd:ForeachSgd", workloads.random_problem(SMALL, CPU)[0])) == 0
+
+
+def test_what_changes_an_arguments_form_has_no_data_to_gather_rows_from(monkeypatch):
+    monkeypatch.setattr(torch_autograd.ForeachSgd, "convert", lambda self, order: self.problem.x[order])
+    row = rows_of("pass", ["torch SGD, foreach"])["torch SGD, foreach"]
+    assert (row["status"], row["note"].split(":")[0]) == ("failed", "TypeError")
+
+
+@pytest.mark.parametrize(
+    ("off", "reruns", "right"),
+    [(0.0, 0.0, True), (0.05, 0.0, True), (0.05, 0.05, False), (0.5, 0.0, False)],  # a flip, not one, and no flip at all
+)
+def test_the_weights_after_the_last_sample_are_looked_at(monkeypatch, off, reruns, right):
+    problem, order = workloads.random_problem(SMALL, CPU)
+    truths = measure.Truths("pass", problem, order)
+    _, method = measure.checked("torch_plain:PlainSngd", truths)
+    real, moved = method.layers, [off]
     monkeypatch.setattr(
-        torch_autograd.ForeachSgd, "reset", lambda self: (torch_autograd.Autograd.reset(self), asked.clear())[0]
+        method, "layers", lambda: [(w + moved[0] * (w - w0), b) for (w, b), (w0, _) in zip(real(), problem.start, strict=True)]
     )
-    monkeypatch.setattr(torch_autograd.ForeachSgd, "round", lambda self, order: asked.append(order))
-
-    def layers(self):
-        for order in asked:
-            real_round(self, order)
-        asked.clear()
-        return real_layers(self)
-
-    monkeypatch.setattr(torch_autograd.ForeachSgd, "layers", layers)
-    workload = Workload((784, 100, 10), 100, trained=2, rows=500)
-    row = rows_of("pass", ["torch SGD, foreach"], workload)["torch SGD, foreach"]
-    assert (row["status"], "work is put off" in row["note"]) == ("wrong result", True)
+    run = truths.run
+    monkeypatch.setattr(truths, "run", lambda *args: (moved.__setitem__(0, reruns), run(*args))[1])
+    assert truths.still_right(method) == right
 
 
 def test_a_cold_sample_is_swept_last_and_conversions_are_not_timed():
@@ -180,13 +212,18 @@ def test_a_cold_sample_is_swept_last_and_conversions_are_not_timed():
 
     class Told(torch_plain.PlainSngd):
         def __getattribute__(self, name):
-            if name in ("prepare", "reset", "round", "wait"):
+            if name in ("reset", "round", "wait", "layers"):
                 calls.append(name)
             return super().__getattribute__(name)
 
+        @staticmethod
+        def convert(tensor):
+            calls.append("convert")
+            return tensor
+
     measure.one_sample("pass", Told(replace(problem, rate=0.1)), order, before=lambda: calls.append("sweep"))
-    assert [name for name in calls if name != "wait"] == ["prepare", "reset", "sweep", "round"]
-    assert calls[-4:] == ["wait", "sweep", "round", "wait"]
+    assert [name for name in calls if name != "wait"] == ["convert", "reset", "sweep", "round", "layers"]
+    assert calls[-6:] == ["wait", "sweep", "round", "wait", "layers", "wait"]
 
 
 def test_torch_peers_gather_the_rows_once_a_round(monkeypatch):
