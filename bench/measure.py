@@ -23,7 +23,7 @@ from .workloads import OURS, Workload
 Row = dict[str, Any]
 STEPS_IN_A_SAMPLE = 50
 STEP = "one step (SNGD: first layer, others: all)"
-COPY_START, COPY_RATE = 1e-3, 1e9  # seconds and bytes/s that the slowest copy of weights may take
+COPY_START, COPY_RATE = 1e-3, 3e8  # seconds and bytes/s: no copy of weights was seen to take more than a third of this
 NOISY = 0.15  # (p80 - p20) / median beyond which a row is marked
 # A method is right if, after a few mini-batches, it is this near to the float64 result, in parts of the way from the start,
 # by torch's float32_matmul_precision. What was seen in "highest" is below 1e-4, unless a pre-activation lies so near to the
