@@ -150,7 +150,14 @@ def compare(
                 continue
             family = methods[name].family
             rate = chosen[family]
-            about = {"method": name, "family": family, "net": workload.net, "rate": rate, "data": split.name}
+            about = {
+                "method": name,
+                "family": family,
+                "net": workload.net,
+                "rate": rate,
+                "grid": RATES[family],
+                "data": split.name,
+            }
             row = outcome(runs[name], target, rate, RATES[family])
             a_round = sum(points[-1]["seconds"] for points in runs[name]) / sum(map(len, runs[name]))
             fast = limits.too_fast(limits.fraction("pass", workload, family, device, known, a_round))

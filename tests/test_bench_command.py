@@ -37,7 +37,7 @@ def test_a_whole_name_is_that_method_alone_and_a_part_is_many(tmp_path):
 def test_quick_measures_everything_and_leaves_rows_and_pictures(tmp_path):
     arguments = ["step", "pass", "quality", "--quick", "--output", tmp_path / "rows", "--pictures", tmp_path / "pictures"]
     command = [sys.executable, "-m", "bench", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=180)  # as it is promised
     assert done.returncode == 0, done.stderr[-3000:]
     assert "pass: 20-16-10, batch 10, every layer, 1 thread" in done.stdout
     (path,) = (tmp_path / "rows").glob("*.json")
@@ -47,9 +47,18 @@ def test_quick_measures_everything_and_leaves_rows_and_pictures(tmp_path):
     assert found.keys() == set(itertools.product(("step", "pass", "quality"), methods))
     assert {found[kind, "torch SGD"]["status"] for kind in ("step", "pass", "quality")} == {"timed"}
     assert all(len(curve["points"]) == 2 for curve in results["curves"])
+    assert all(curve["grid"] == list(workloads.RATES[curve["family"]]) for curve in results["curves"])
     drawn = {p.name: p.read_bytes()[:4] for p in (tmp_path / "pictures").iterdir()}
     assert drawn.keys() == {f"bench-{name}.{suffix}" for name in ("ratio", "loss") for suffix in ("png", "svg")}
     assert drawn["bench-ratio.png"] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("kind", ["step", "scaling"])
+def test_rows_that_have_no_picture_leave_no_folder(tmp_path, kind):
+    path, _ = report.write(tmp_path / "rows", [a_row(kind=kind)], [])
+    with pytest.raises(SystemExit, match="no pass and no curve to draw"):
+        app.main(["--plot", str(path), "--pictures", str(tmp_path / "pictures")])
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_the_operators_micro_benchmarks_run():
