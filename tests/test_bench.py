@@ -328,6 +328,16 @@ def test_a_method_that_killed_an_earlier_process_is_not_run_and_each_is_named_be
     assert made == [("torch_plain:PlainSngd", "torch SNGD")] * 2
 
 
+def test_who_is_at_work_is_told_before_each_sample(monkeypatch):
+    named, at_work, real = [], [], torch_autograd.ForeachSgd.round
+    told = lambda self, order: (at_work.append(named[-1]), real(self, order))[1]  # noqa: E731
+    monkeypatch.setattr(torch_autograd.ForeachSgd, "round", told)
+    names, watch = ["torch SGD, foreach", "torch SNGD"], measure.Watch(at=named.append)
+    list(measure.compare("pass", SMALL, CPU, names, 2, KNOWN, watch=watch))
+    list(quality.compare(*quality.load("digits", None, 100), CPU, names, 2, 1, 0.01, KNOWN, watch))
+    assert set(at_work) == {"torch SGD, foreach"}
+
+
 def test_a_time_to_quality_survives_a_peer_that_breaks_in_a_timed_seed(monkeypatch):
     split, workload = quality.load("digits", None, 100)
     real = quality.curve

@@ -144,7 +144,7 @@ class Told:
 
 
 @pytest.mark.parametrize("how", [RuntimeError("out of memory"), SystemExit(143), KeyboardInterrupt()])
-@pytest.mark.parametrize(("left", "cases"), [(18, 1), (17, 0), (6 * 18, 2), (10**6, 2)])
+@pytest.mark.parametrize(("left", "cases"), [(18, 1), (17, 0), (6 * 18, 2), (7 * 18, 2), (10**6, 2)])
 def test_pairs_that_are_done_are_judged_and_written_where_it_is_ended_early(monkeypatch, tmp_path, capsys, how, left, cases):
     monkeypatch.setattr(Told, "left", left)
     monkeypatch.setattr(Told, "how", how)
