@@ -29,16 +29,20 @@ STARTS = 3  # how often both sides' processes are started anew
 
 
 class Verdict(NamedTuple):
-    """New time over old time: the median over the pairs, its 95 % interval, and whether that is slower beyond noise."""
+    """New time over old time: the median over the pairs, its 95 % interval, and whether that is slower beyond noise.
+
+    `looks` is how often it was measured: what is slower and was looked at once is not yet known to be.
+    """
 
     pairs: int
     ratio: float
     low: float
     high: float
     slower: bool
+    looks: int = 1
 
 
-def judge(pairs: list[float]) -> Verdict:
+def judge(pairs: list[float], looks: int = 1) -> Verdict:
     """The verdict on paired ratios; the interval is the sign test's, free of any assumption on how noise is distributed."""
     ordered, n = sorted(pairs), len(pairs)
     left, tail = 0, 0.5**n
@@ -47,7 +51,7 @@ def judge(pairs: list[float]) -> Verdict:
         tail += math.comb(n, left) * 0.5**n
     low, high = (ordered[left - 1], ordered[n - left]) if left else (0.0, math.inf)
     ratio = statistics.median(ordered)
-    return Verdict(n, ratio, low, high, ratio > SLOWER and low > 1)
+    return Verdict(n, ratio, low, high, ratio > SLOWER and low > 1, looks)
 
 
 class Side:
@@ -120,8 +124,10 @@ def serve(requests: Iterator[str], answer: Any, device: Any, quick: bool, rows: 
         answer({"value": measure.one_sample(kind, *known[i])})
 
 
-def pairs_of(sides: dict[str, Path], settings: dict[str, Any], wanted: list[int], repeats: int) -> dict[int, list[float]]:
-    """New time over old time of each wanted case, `repeats` for each start of the processes."""
+def pairs_of(
+    sides: dict[str, Path], settings: dict[str, Any], wanted: list[int], repeats: int
+) -> Iterator[dict[int, list[float]]]:
+    """New time over old time of each wanted case so far, each time one is done; `repeats` for each start of the processes."""
     ratios: dict[int, list[float]] = {i: [] for i in wanted}
     for _ in range(STARTS):
         with contextlib.ExitStack() as stack:
@@ -133,17 +139,29 @@ def pairs_of(sides: dict[str, Path], settings: dict[str, Any], wanted: list[int]
                     names = ("base", "head") if turn % 2 else ("head", "base")
                     seconds = {name: running[name].ask("sample", i) for name in names}
                     ratios[i].append(seconds["head"] / seconds["base"])
-    return ratios
+                yield ratios
 
 
-def compare(sides: dict[str, Path], settings: dict[str, Any], repeats: int) -> list[tuple[str, Workload, Verdict]]:
-    """(kind, workload, verdict) for each case; `sides` names the folders of "base" and "head"."""
+def compare(sides: dict[str, Path], settings: dict[str, Any], repeats: int) -> Iterator[list[tuple[str, Workload, Verdict]]]:
+    """(kind, workload, verdict) for each case so far, each time one is done, lest all is lost where this is ended early.
+
+    `sides` names the folders of "base" and "head".
+    """
     many = cases(settings["quick"], settings["rows"])
-    verdicts = {i: judge(p) for i, p in pairs_of(sides, settings, list(range(len(many))), repeats).items()}
-    doubtful = [i for i, verdict in verdicts.items() if verdict.slower]
-    if doubtful:
-        verdicts |= {i: judge(p) for i, p in pairs_of(sides, settings, doubtful, repeats).items()}
-    return [(kind, w, verdicts[i]) for i, (kind, w) in enumerate(many)]
+    verdicts: dict[int, Verdict] = {}
+    wanted = list(range(len(many)))
+    for looks in (1, 2):
+        for ratios in pairs_of(sides, settings, wanted, repeats) if wanted else ():
+            whole = {i: pairs for i, pairs in ratios.items() if len(pairs) == STARTS * repeats}
+            some = ratios if looks == 1 else whole  # a second look that is not whole proves nothing
+            verdicts |= {i: judge(pairs, looks) for i, pairs in some.items() if pairs}
+            yield [(*many[i], verdict) for i, verdict in verdicts.items()]
+        wanted = [i for i, verdict in verdicts.items() if verdict.slower]
+
+
+def once(verdict: Verdict) -> str:
+    """Says so of what was slower in one look, and had no second one."""
+    return "; looked at only once" if verdict.slower and verdict.looks == 1 else ""
 
 
 def rows_of(verdicts: list[tuple[str, Workload, Verdict]], shared: dict[str, Any], base: str) -> list[dict[str, Any]]:
@@ -153,7 +171,7 @@ def rows_of(verdicts: list[tuple[str, Workload, Verdict]], shared: dict[str, Any
         | {
             "kind": "against", "net": w.net, "batch": w.batch, "rows": w.rows, "cache": "warm", "method": OURS,
             "work": f"{kind}: {'one step' if kind == 'step' else w.what}", "status": "slower" if v.slower else "not slower",
-            "note": f"over {base}: 95 % interval {v.low:.3f} to {v.high:.3f}", "ratio": v.ratio, "repeats": v.pairs,
+            "note": f"over {base}: 95 % interval {v.low:.3f} to {v.high:.3f}" + once(v), "ratio": v.ratio, "repeats": v.pairs,
         }
         for kind, w, v in verdicts
     ]  # fmt: skip

@@ -18,10 +18,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .process import child, measure_here, texts_of
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,12 +184,12 @@ def with_peers(a: argparse.Namespace, runs: list[Row]) -> int:
     from . import report, scaling, workloads
 
     latest: dict[tuple[Any, ...], Row] = {}  # a time to quality comes again after each seed
-    curves: list[Row] = []
+    drawn: dict[tuple[int, str], Row] = {}
     try:
         for number, settings in enumerate(runs):
             for message in child(settings):
                 if "row" not in message:
-                    curves.append(message["curve"])
+                    drawn[number, message["curve"]["method"]] = message["curve"]
                     continue
                 row = report.complete(message["row"])
                 key = number, *(row[name] for name in ("kind", "net", "batch", "rows", "work", "cache", "method"))
@@ -196,7 +198,8 @@ def with_peers(a: argparse.Namespace, runs: list[Row]) -> int:
                 if before is None or before["status"] != row["status"]:
                     print(f"{row['kind']} {row['net']} batch {row['batch']}: {row['method']}: {row['status']}", file=sys.stderr)
     finally:  # what was measured before a failure or Ctrl-C is kept, first of all in files
-        rows = list(latest.values())
+        rows, curves = list(latest.values()), list(drawn.values())
+        scaling.add_exponents(rows, a.quick)
         if rows:
             paths = write(a.output, "-".join(runs[0]["kinds"]), rows, curves, a.quick)
             if importlib.util.find_spec("rich") is None:
@@ -224,11 +227,6 @@ def write(folder: Path, what: str, rows: list[Row], curves: list[Row], quick: bo
     return report.write(stem, rows, curves)
 
 
-def texts_of(methods: str | None) -> list[str]:
-    """The texts of --methods."""
-    return [text.strip() for text in (methods or "").split(";") if text.strip()]
-
-
 def draw(results: Row, folder: Path) -> int:
     """The pictures of these rows and curves."""
     from . import pictures
@@ -239,127 +237,39 @@ def draw(results: Row, folder: Path) -> int:
 
 
 def against_commit(commit: str, settings: Row, output: Path) -> int:
-    """Print each workload's verdict and write it; 1 where one is slower."""
-    import torch
-
+    """Print each workload's verdict and write it; 1 where one is slower, 2 where not all could be measured."""
     import dante_kernels
 
     from . import against, report
 
     head = Path(dante_kernels.__file__).resolve().parent.parent
+    verdicts: list[Any] = []
+    base_commit = commit
     try:
         with against.checkout(commit, head) as base:
             base_commit = report.commit_of(base) or commit
-            verdicts = against.compare({"base": base, "head": head}, settings, settings["repeats"])
+            for so_far in against.compare({"base": base, "head": head}, settings, settings["repeats"]):
+                verdicts = so_far
     except (ValueError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"dante bench: {error}", file=sys.stderr)
         return 2
+    finally:
+        if verdicts:
+            show_verdicts(verdicts, settings, output, head, commit, base_commit)
+    return int(any(v.slower for *_, v in verdicts))
+
+
+def show_verdicts(verdicts: list[Any], settings: Row, output: Path, head: Path, commit: str, base_commit: str) -> None:
+    """Write and print them."""
+    import torch
+
+    from . import against, report
+
     shared = report.environment(torch.device(settings["device"]), head)
     shared |= {"threads": settings["threads"], "precision": settings["precision"]}
     paths = write(output, "against", against.rows_of(verdicts, shared, base_commit), [], settings["quick"])
     print(f"time of {shared['commit']} over that of {base_commit} ({commit}): median, 95 % interval; {report.setting(shared)}")
     for kind, w, v in verdicts:
         name = f"{kind}: {w.net}, batch {w.batch}, {'one step' if kind == 'step' else w.what}"
-        print(f"{v.ratio:6.3f}  {v.low:.3f} to {v.high:.3f}  {name}{'  SLOWER' if v.slower else ''}")
+        print(f"{v.ratio:6.3f}  {v.low:.3f} to {v.high:.3f}  {name}{'  SLOWER' if v.slower else ''}{against.once(v)}")
     print(*paths, sep="\n", flush=True)
-    return int(any(v.slower for *_, v in verdicts))
-
-
-def child(settings: Row) -> Iterator[Row]:
-    """The messages of a measuring process, which takes the same dante_kernels as this one."""
-    import dante_kernels
-
-    package = str(Path(dante_kernels.__file__).resolve().parent.parent)
-    command = [sys.executable, str(ROOT / "bench" / "__main__.py"), "--child", json.dumps(settings)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": package}) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                yield json.loads(line)
-        except BaseException:  # or the end of this process would wait for the other's
-            process.terminate()
-            raise
-    if process.returncode:
-        raise SystemExit(process.returncode)
-
-
-def measure_here(settings: Row) -> int:
-    """Be a measuring process: bind to the cores, then write messages to stdout, where nothing else may write.
-
-    Gives the exit status: 2, with one line on stderr, where the data set cannot be had.
-    """
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def send(message: Row) -> None:
-        print(json.dumps(message), file=out, flush=True)
-
-    threads = settings["threads"]
-    if threads is not None:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-        os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'}"  # JAX takes all else
-    else:
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # or JAX takes most of the GPU's memory
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(settings["precision"])
-    device = torch.device(settings["device"])
-    if settings["mode"] == "serve":
-        from . import against
-
-        against.serve(sys.stdin, send, device, settings["quick"], settings["rows"])
-        return 0
-    try:
-        measure_rows(settings, device, send)
-    except (OSError, ImportError, ValueError) as error:
-        print(f"dante bench: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def measure_rows(settings: Row, device: Any, send: Callable[[Row], None]) -> None:
-    """Measure the kinds asked for; each row is sent as soon as it is there."""
-    import dante_kernels
-
-    from . import limits, measure, quality, report, scaling, workloads
-
-    shared = report.environment(device, Path(dante_kernels.__file__).resolve().parent.parent)
-    shared["device"] += f", {settings['isa']} kernels" if settings["isa"] else ""
-    known = limits.of(device, settings["threads"])
-    shared |= {"peak": known.peak, "bandwidth": known.bandwidth}
-    peak = "not known" if known.peak is None else f"{known.peak / 1e9:.4g} GFLOP/s"
-    print(f"limits: peak {peak}, main memory {known.bandwidth / 1e9:.4g} GB/s", file=sys.stderr)
-    texts = texts_of(settings["methods"])
-
-    def wanted(names: list[str]) -> list[str]:
-        def named(name: str) -> bool:  # a whole name is that method alone
-            return any(text == name if text in workloads.METHODS else text in name for text in texts)
-
-        some = [name for name in names if name == workloads.OURS or not texts or named(name)]
-        return [name for name in some if not (settings["quick"] and "compile" in name)]
-
-    for kind in settings["kinds"]:
-        if kind == "quality":
-            directory = settings["data_dir"] and Path(settings["data_dir"])
-            split, workload = quality.load(settings["data"], directory, settings["rows"] if settings["quick"] else None)
-            target = settings["target"] or quality.TARGETS[settings["data"]]
-            names = wanted(workload.methods(kind))
-            several = quality.compare(split, workload, device, names, settings["repeats"], settings["rounds"], target, known)
-            for number, pairs in enumerate(several):
-                for row in quality.with_ratios([row for row, _ in pairs]):
-                    send({"row": shared | row})
-                for _, curve in pairs:
-                    if curve is not None and number == 0:  # it is the first seed's
-                        send({"curve": curve})
-        elif kind == "scaling":
-            for row in scaling.study(device, wanted(scaling.METHODS), settings["repeats"], settings["quick"], known):
-                send({"row": shared | row})
-        else:
-            for cold in (False, True) if kind == "step" and device.type == "cuda" else (False,):
-                for workload in workloads.of(kind, settings["quick"]):
-                    sized = workload.sized(settings["rows"])
-                    names = wanted(sized.methods(kind))
-                    for row in measure.compare(kind, sized, device, names, settings["repeats"], known, cold):
-                        send({"row": shared | row})

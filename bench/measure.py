@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from .workloads import OURS, Workload
 Row = dict[str, Any]
 STEPS_IN_A_SAMPLE = 50
 STEP = "one step (SNGD: first layer, others: all)"
+COPY_START, COPY_RATE = 1e-3, 3e8  # seconds and bytes/s: no copy of weights was seen to take more than a third of this
 NOISY = 0.15  # (p80 - p20) / median beyond which a row is marked
 # A method is right if, after a few mini-batches, it is this near to the float64 result, in parts of the way from the start,
 # by torch's float32_matmul_precision. What was seen in "highest" is below 1e-4, unless a pre-activation lies so near to the
@@ -41,6 +42,14 @@ FRACTIONS = (1.0, 0.5, 0.25, 0.125)
 # tenth of the rows. A flip that grows from step to step (batches of 1, RMSProp) moves right weights by more than a third, so
 # no method is held to more than twice the error of the family's plain composition in float32 here.
 END_TOLERANCE = 0.2
+
+
+@dataclass
+class Watch:
+    """`at` is told which method is at work now; `dead` has those that ended an earlier process, and how: they are not run."""
+
+    dead: dict[str, str] = field(default_factory=dict)
+    at: Callable[[str], object] = lambda name: None
 
 
 class Stretch(NamedTuple):
@@ -69,11 +78,12 @@ def one_sample(
 ) -> float:
     """Seconds of one round, or of one step (the mean of many on the first mini-batch), from the start's weights.
 
-    `before` is called last before the time begins.
+    The time has all that is not a change of the arguments' form. `before` is called last before the time begins.
     """
     p = method.problem
     rows = order[: p.batch]
-    inputs = method.prepare(*([order] if kind == "pass" else [p.x[rows], p.y[rows], p.one_hot[rows]]))
+    arguments = [order] if kind == "pass" else [p.x[rows], p.y[rows], p.one_hot[rows]]
+    inputs = [type(method).convert(tensor) for tensor in arguments]
     times = 1 if kind == "pass" else steps
     method.reset()
     method.wait()
@@ -83,7 +93,17 @@ def one_sample(
     for _ in range(times):
         (method.round if kind == "pass" else method.step)(*inputs)
     method.wait()
-    return (time.perf_counter() - begin) / times
+    return (time.perf_counter() - begin + left_over(method)) / times
+
+
+def left_over(method: Method) -> float:
+    """Seconds that it takes to read the weights of a method that was waited for, if no copy takes so long: it has put off
+    work until then. Else nothing."""
+    begin = time.perf_counter()
+    layers = method.layers()
+    method.wait()
+    seconds = time.perf_counter() - begin
+    return seconds if seconds > COPY_START + sum(t.nbytes for layer in layers for t in layer) / COPY_RATE else 0.0
 
 
 @contextmanager
@@ -195,29 +215,56 @@ class Truths:
         return None
 
     def at_the_end(self, method: Method) -> tuple[float, float, bool]:
-        """After everything: how far the weights are from the truth, how far the loss, in parts of the truth's way or of a
-        tenth of it, and whether the last rows were trained on."""
-        start, end = self.losses(method.family)
-        exact, got = self.layers_after(method.family, WHOLE), self.run(method, WHOLE)
+        """Run everything: `from_the_end` of the weights, which are kept in `ends`."""
+        got = self.run(method, WHOLE)
         self.ends[method] = [(w.clone(), b.clone()) for w, b in got]
-        loss_error = abs(self.loss(method.family, got) - end) / max(abs(start - end), 0.1 * abs(end))
+        return self.from_the_end(method.family, got)
+
+    def from_the_end(self, family: str, got: Layers) -> tuple[float, float, bool]:
+        """How far these weights are from the truth after everything, how far the loss, in parts of the truth's way or of a
+        tenth of it, and whether the last rows were trained on."""
+        start, end = self.losses(family)
+        exact = self.layers_after(family, WHOLE)
+        loss_error = abs(self.loss(family, got) - end) / max(abs(start - end), 0.1 * abs(end))
         several = self.kind == "pass" and len(self.order) > self.problem.batch
-        whole = not several or distance(got, exact) < distance(got, self.layers_after(method.family, "most"))
+        whole = not several or distance(got, exact) < distance(got, self.layers_after(family, "most"))
         return error_of(got, exact, self.problem.start), loss_error, whole
 
+    def right_at_the_end(self, family: str, end_error: float, loss_error: float, whole: bool) -> bool:
+        """Whether what `from_the_end` gave will do."""
+        most = max(END_TOLERANCE, tolerance())
+        if end_error > most:
+            most = max(most, 2 * self.error_of_plain(family, WHOLE))
+        return end_error <= most and loss_error <= END_TOLERANCE and whole
+
     def still_right(self, method: Method) -> bool:
-        """Whether the weights after its last sample are those that were checked; a kernel that does not add in a fixed order
-        may flip, so then it is run again."""
-        for _ in range(TRIES):
-            if error_of(method.layers(), self.ends[method], self.problem.start) <= tolerance():
-                return True
-            self.run(method, WHOLE)
-        return False
+        """Whether the weights after its last sample are those that were checked.
+
+        A kernel that does not add in a fixed order may flip in any run. So other weights will do if they are right at the
+        end too, and the method comes to the checked ones when it is run again.
+        """
+
+        def same(layers: Layers) -> bool:
+            return error_of(layers, self.ends[method], self.problem.start) <= tolerance()
+
+        last = [(w.clone(), b.clone()) for w, b in method.layers()]
+        if same(last):
+            return True
+        right = self.right_at_the_end(method.family, *self.from_the_end(method.family, last))
+        return right and any(same(self.run(method, WHOLE)) for _ in range(TRIES))
 
 
 def tolerance() -> float:
     """For the precision that is set."""
     return TOLERANCE[torch.get_float32_matmul_precision()]
+
+
+def watched(name: str, truths: Truths, watch: Watch) -> tuple[Row, Method | None]:
+    """`checked`, for a method by its name; one that is dead has failed."""
+    if name in watch.dead:
+        return {"status": "failed", "note": watch.dead[name]}, None
+    watch.at(name)
+    return checked(workloads.METHODS[name], truths)
 
 
 def failed(failure: Exception) -> Row:
@@ -236,11 +283,8 @@ def checked(place: str, truths: Truths) -> tuple[Row, Method | None]:
     except Exception as failure:  # a peer that breaks is a row of the table, and no reason to lose the others
         return failed(failure), None
     row: Row = {"status": "timed", "error": error, "rate": method.problem.rate}
-    end_tolerance = max(END_TOLERANCE, tolerance())
-    if end_error > end_tolerance:
-        end_tolerance = max(end_tolerance, 2 * truths.error_of_plain(method.family, WHOLE))
     right = error <= tolerance() and (steady is None or steady <= tolerance())
-    if not (right and end_error <= end_tolerance and loss_error <= END_TOLERANCE and whole):
+    if not (right and truths.right_at_the_end(method.family, end_error, loss_error, whole)):
         tail = "" if steady is None else f", by {steady:.2g} where float32 is steady"
         tail += "" if whole else ", and more like a run without the last rows"
         note = (
@@ -271,14 +315,16 @@ def compare(
     repeats: int,
     known: limits.Limits,
     cold: bool = False,
+    watch: Watch | None = None,
 ) -> Iterator[Row]:
     """One row for each method. With `cold`, the GPU's L2 cache is swept before every sample, which is one step then."""
+    watch = watch or Watch()
     problem, order = workloads.random_problem(workload, device)
     truths = Truths(kind, problem, order, 1 if cold else STEPS_IN_A_SAMPLE)
     rows: dict[str, Row] = {}
     methods: dict[str, Method] = {}
     for name in names:
-        rows[name], method = checked(workloads.METHODS[name], truths)
+        rows[name], method = watched(name, truths, watch)
         if method is not None:
             methods[name] = method
     sweep = torch.empty(2 * limits.cache_bytes(device) // 4, device=device) if cold else None
@@ -286,6 +332,7 @@ def compare(
     def sample(name: str) -> float:
         if rows[name]["status"] == "failed":
             return math.nan
+        watch.at(name)
         try:
             return one_sample(kind, methods[name], order, truths.steps, None if sweep is None else swept)
         except Exception as failure:  # as in checked
@@ -303,12 +350,15 @@ def compare(
             continue
         fraction = limits.fraction(kind, workload, method.family, device, known, statistics.median(seconds[name]))
         rows[name] |= {"limit_fraction": fraction} | limits.too_fast(fraction)
+        watch.at(name)
         try:
             if not truths.still_right(method):
                 rows[name] |= {"status": "wrong result", "note": "right before it was timed, and not after; not timed"}
         except Exception as failure:  # as in checked
             rows[name] = failed(failure)
-    regime = limits.regime(kind, workload, device, known, latency_of_a_step(kind, workload.layers, device))
+    watch.at(OURS)
+    latency = None if OURS in watch.dead else latency_of_a_step(kind, workload.layers, device)
+    regime = limits.regime(kind, workload, device, known, latency)
     for name, row in rows.items():
         head = {
             "kind": kind, "net": workload.net, "batch": workload.batch, "rows": workload.rows, "method": name,

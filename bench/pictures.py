@@ -34,7 +34,6 @@ def draw(results: Row, folder: Path) -> Iterator[Path]:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: small files
     matplotlib.rcParams["svg.hashsalt"] = "dante"  # the same results give the same file
-    folder.mkdir(parents=True, exist_ok=True)
     timed = [r for r in results["rows"] if r["status"] == "timed" and r["kind"] == "pass" and r["ratio"] is not None]
     figures = {}
     if timed:
@@ -44,6 +43,7 @@ def draw(results: Row, folder: Path) -> Iterator[Path]:
         figures["bench-loss"] = losses(results["curves"], footer(quality))
     if not figures:
         raise SystemExit("dante bench: no pass and no curve to draw; measure pass or quality")
+    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         for suffix in ("png", "svg"):
             path = folder / f"{name}.{suffix}"

@@ -55,17 +55,17 @@ def curve(method: Method, split: data.Dataset, rounds: int, seed: int, target: f
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(rows, generator=generator).to(device) for _ in range(rounds)]
     method.reset()
-    method.round(*method.prepare(orders[0]))
+    method.round(type(method).convert(orders[0]))
     method.reset()
     method.wait()
     weights = sum(n_in * n_out + n_out for n_in, n_out in pairwise(method.problem.widths))
     points, seconds = [], 0.0
     for done, order in enumerate(orders, 1):
-        inputs = method.prepare(order)
+        rows_in_turn = type(method).convert(order)
         begin = time.perf_counter()
-        method.round(*inputs)
+        method.round(rows_in_turn)
         method.wait()
-        seconds += time.perf_counter() - begin
+        seconds += time.perf_counter() - begin + measure.left_over(method)
         loss, accuracy = loss_and_hits(method.family, method.layers(), split.x_test, split.y_test)
         updates = done * weights * (rows // method.problem.batch)
         points.append({"weights_updated": updates, "seconds": seconds, "loss": loss, "accuracy": accuracy})
@@ -99,18 +99,20 @@ def compare(
     rounds: int,
     target: float,
     known: limits.Limits,
+    watch: measure.Watch | None = None,
 ) -> Iterator[list[tuple[Row, Row | None]]]:
     """(row, curve) for each method: seconds to the target over the seeds so far, and the first seed's whole run.
 
     Given after each seed from the second on, so that little is lost where it is interrupted.
     """
+    watch = watch or measure.Watch()
     order = torch.randperm(workload.rows, generator=torch.Generator().manual_seed(0)).to(device)
     truths = measure.Truths("pass", problem_of(split, workload, float("nan"), 0, device), order)
     chosen: dict[str, float] = {}
     methods: dict[str, Method] = {}
     rows: dict[str, Row] = {}
     for name in names:
-        row, method = measure.checked(workloads.METHODS[name], truths)
+        row, method = measure.watched(name, truths, watch)
         if method is None:
             rows[name] = row
             continue
@@ -129,6 +131,7 @@ def compare(
             for name in draw.sample(list(methods), len(methods)):
                 if name in rows:
                     continue
+                watch.at(name)
                 methods[name].problem = replace(methods[name].problem, start=start)
                 try:
                     runs[name].append(curve(methods[name], split, rounds, seed, None if seed == 1 else target))
@@ -147,7 +150,14 @@ def compare(
                 continue
             family = methods[name].family
             rate = chosen[family]
-            about = {"method": name, "family": family, "net": workload.net, "rate": rate, "data": split.name}
+            about = {
+                "method": name,
+                "family": family,
+                "net": workload.net,
+                "rate": rate,
+                "grid": RATES[family],
+                "data": split.name,
+            }
             row = outcome(runs[name], target, rate, RATES[family])
             a_round = sum(points[-1]["seconds"] for points in runs[name]) / sum(map(len, runs[name]))
             fast = limits.too_fast(limits.fraction("pass", workload, family, device, known, a_round))

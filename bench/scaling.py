@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-import torch
-
-from . import limits, measure
 from .workloads import OURS, Workload
 
 Row = dict[str, Any]
@@ -45,23 +41,25 @@ def slope(values: list[int], seconds: list[float]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
 
-def study(device: torch.device, names: list[str], repeats: int, quick: bool, known: limits.Limits) -> Iterator[Row]:
-    """A row for each axis, value and method; the last value's row of a method carries the exponent."""
-    for axis, (values, expected, workload_at) in AXES.items():
-        costs: dict[str, list[tuple[int, float]]] = {name: [] for name in names}
-        for value in QUICK[axis] if quick else values:
-            workload = workload_at(value)
-            if quick:
-                workload = workload.sized(min(workload.rows, 200))
-            for row in measure.compare("pass", workload, device, names, repeats, known):
-                row |= {"kind": "scaling", "work": f"{axis} {value}"}
-                if row["status"] == "timed":
-                    found = costs[row["method"]]
-                    found.append((value, row["median"]))
-                    if value == (QUICK[axis] if quick else values)[-1] and len(found) > 1:
-                        row["exponent"] = exponent(*map(list, zip(*found, strict=True)))
-                        row["note"] = f"exponent {row['exponent']:.2f}, expected {expected}"
-                yield row
+def study(quick: bool) -> list[tuple[str, Workload]]:
+    """What is measured: (axis and value, such as "width 64"; a round of this)."""
+    found = [
+        (f"{axis} {value}", at(value)) for axis, (values, _, at) in AXES.items() for value in (QUICK[axis] if quick else values)
+    ]
+    return [(work, w.sized(min(w.rows, 200)) if quick else w) for work, w in found]
+
+
+def add_exponents(rows: list[Row], quick: bool) -> None:
+    """Write the exponent into the row of each axis's last value, if that was timed."""
+    for axis, (values, expected, _) in AXES.items():
+        last = (QUICK[axis] if quick else values)[-1]
+        timed = [r for r in rows if r["kind"] == "scaling" and r["status"] == "timed" and r["work"].startswith(f"{axis} ")]
+        for row in (r for r in timed if r["work"] == f"{axis} {last}"):
+            same = [r for r in timed if (r["method"], r["threads"]) == (row["method"], row["threads"])]
+            found = sorted((int(r["work"].split()[1]), r["median"]) for r in same)
+            if len(found) > 1:
+                row["exponent"] = exponent(*map(list, zip(*found, strict=True)))
+                row["note"] = f"exponent {row['exponent']:.2f}, expected {expected}"
 
 
 def superlinear(rows: list[Row]) -> list[str]:

@@ -3,6 +3,8 @@
 import gc
 import importlib.util
 import itertools
+import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -153,24 +155,55 @@ def test_a_time_below_the_machines_limit_is_marked_and_far_below_it_none(monkeyp
     assert "of the machine's limit: work is put off" in row["note"]
 
 
-def test_work_that_is_put_off_until_the_weights_are_asked_for_is_a_wrong_result(monkeypatch):
-    real_round, real_layers = torch_autograd.ForeachSgd.round, torch_autograd.ForeachSgd.layers
-    asked = []
+def slow_to_read(monkeypatch, seconds=0.05):
+    """Foreach SGD takes that long to give its weights."""
+    real = torch_autograd.ForeachSgd.layers
+    monkeypatch.setattr(torch_autograd.ForeachSgd, "layers", lambda self: (time.sleep(seconds), real(self))[1])
+
+
+@pytest.mark.parametrize(("copy", "counted"), [(1e-3, True), (1.0, False)])
+def test_work_that_is_put_off_until_the_weights_are_asked_for_is_timed(monkeypatch, copy, counted):
+    slow_to_read(monkeypatch)
+    monkeypatch.setattr(measure, "COPY_START", copy)
+    problem, order = workloads.random_problem(SMALL, CPU)
+    method = workloads.make("torch_autograd:ForeachSgd", problem)
+    measure.one_sample("pass", method, order)  # the first is slow
+    assert (measure.one_sample("pass", method, order) > 0.05) == counted
+    assert (measure.one_sample("step", method, order, 2) > 0.025) == counted
+    split, workload = quality.load("digits", None, 100)
+    method.problem = quality.problem_of(split, workload, 0.1, 1, CPU)
+    method = torch_autograd.ForeachSgd(method.problem)
+    points = quality.curve(method, split, 2, 1)
+    assert (points[-1]["seconds"] > 0.1) == counted
+
+
+def test_a_copy_of_large_weights_is_not_timed(monkeypatch):
+    slow_to_read(monkeypatch)
+    monkeypatch.setattr(measure, "COPY_RATE", 1000)  # of 572 bytes
+    assert measure.left_over(workloads.make("torch_autograd:ForeachSgd", workloads.random_problem(SMALL, CPU)[0])) == 0
+
+
+def test_what_changes_an_arguments_form_has_no_data_to_gather_rows_from(monkeypatch):
+    monkeypatch.setattr(torch_autograd.ForeachSgd, "convert", lambda self, order: self.problem.x[order])
+    row = rows_of("pass", ["torch SGD, foreach"])["torch SGD, foreach"]
+    assert (row["status"], row["note"].split(":")[0]) == ("failed", "TypeError")
+
+
+@pytest.mark.parametrize(
+    ("off", "reruns", "right"),
+    [(0.0, 0.0, True), (0.05, 0.0, True), (0.05, 0.05, False), (0.5, 0.0, False)],  # a flip, not one, and no flip at all
+)
+def test_the_weights_after_the_last_sample_are_looked_at(monkeypatch, off, reruns, right):
+    problem, order = workloads.random_problem(SMALL, CPU)
+    truths = measure.Truths("pass", problem, order)
+    _, method = measure.checked("torch_plain:PlainSngd", truths)
+    real, moved = method.layers, [off]
     monkeypatch.setattr(
-        torch_autograd.ForeachSgd, "reset", lambda self: (torch_autograd.Autograd.reset(self), asked.clear())[0]
+        method, "layers", lambda: [(w + moved[0] * (w - w0), b) for (w, b), (w0, _) in zip(real(), problem.start, strict=True)]
     )
-    monkeypatch.setattr(torch_autograd.ForeachSgd, "round", lambda self, order: asked.append(order))
-
-    def layers(self):
-        for order in asked:
-            real_round(self, order)
-        asked.clear()
-        return real_layers(self)
-
-    monkeypatch.setattr(torch_autograd.ForeachSgd, "layers", layers)
-    workload = Workload((784, 100, 10), 100, trained=2, rows=500)
-    row = rows_of("pass", ["torch SGD, foreach"], workload)["torch SGD, foreach"]
-    assert (row["status"], "work is put off" in row["note"]) == ("wrong result", True)
+    run = truths.run
+    monkeypatch.setattr(truths, "run", lambda *args: (moved.__setitem__(0, reruns), run(*args))[1])
+    assert truths.still_right(method) == right
 
 
 def test_a_cold_sample_is_swept_last_and_conversions_are_not_timed():
@@ -179,13 +212,18 @@ def test_a_cold_sample_is_swept_last_and_conversions_are_not_timed():
 
     class Told(torch_plain.PlainSngd):
         def __getattribute__(self, name):
-            if name in ("prepare", "reset", "round", "wait"):
+            if name in ("reset", "round", "wait", "layers"):
                 calls.append(name)
             return super().__getattribute__(name)
 
+        @staticmethod
+        def convert(tensor):
+            calls.append("convert")
+            return tensor
+
     measure.one_sample("pass", Told(replace(problem, rate=0.1)), order, before=lambda: calls.append("sweep"))
-    assert [name for name in calls if name != "wait"] == ["prepare", "reset", "sweep", "round"]
-    assert calls[-4:] == ["wait", "sweep", "round", "wait"]
+    assert [name for name in calls if name != "wait"] == ["convert", "reset", "sweep", "round", "layers"]
+    assert calls[-6:] == ["wait", "sweep", "round", "wait", "layers", "wait"]
 
 
 def test_torch_peers_gather_the_rows_once_a_round(monkeypatch):
@@ -277,6 +315,29 @@ def test_a_peer_that_breaks_while_it_is_timed_loses_only_its_own_row(monkeypatch
     assert "out of memory" in rows[1]["note"]
 
 
+def test_a_method_that_killed_an_earlier_process_is_not_run_and_each_is_named_before_it_is(monkeypatch):
+    named = []
+    watch = measure.Watch({OURS: "killed it", "torch SGD": "killed it"}, named.append)
+    made, real = [], workloads.make
+    monkeypatch.setattr(workloads, "make", lambda place, problem: (made.append((place, named[-1])), real(place, problem))[1])
+    rows = list(measure.compare("pass", SMALL, CPU, [OURS, "torch SGD", "torch SNGD"], 2, KNOWN, watch=watch))
+    assert [(row["status"], row.get("note")) for row in rows] == [("failed", "killed it")] * 2 + [("timed", None)]
+    split, workload = quality.load("digits", None, 100)
+    (pairs,) = quality.compare(split, workload, CPU, ["torch SNGD", "torch SGD"], 2, 1, 0.01, KNOWN, watch)
+    assert [row["status"] for row, _ in pairs] == ["timed", "failed"]
+    assert made == [("torch_plain:PlainSngd", "torch SNGD")] * 2
+
+
+def test_who_is_at_work_is_told_before_each_sample(monkeypatch):
+    named, at_work, real = [], [], torch_autograd.ForeachSgd.round
+    told = lambda self, order: (at_work.append(named[-1]), real(self, order))[1]  # noqa: E731
+    monkeypatch.setattr(torch_autograd.ForeachSgd, "round", told)
+    names, watch = ["torch SGD, foreach", "torch SNGD"], measure.Watch(at=named.append)
+    list(measure.compare("pass", SMALL, CPU, names, 2, KNOWN, watch=watch))
+    list(quality.compare(*quality.load("digits", None, 100), CPU, names, 2, 1, 0.01, KNOWN, watch))
+    assert set(at_work) == {"torch SGD, foreach"}
+
+
 def test_a_time_to_quality_survives_a_peer_that_breaks_in_a_timed_seed(monkeypatch):
     split, workload = quality.load("digits", None, 100)
     real = quality.curve
@@ -337,6 +398,42 @@ def test_a_spread_over_15_percent_is_marked():
     assert found["p20"] < found["median"] < found["p80"]
     few = measure.summary([1.0, 4.0])
     assert 1 <= few["p20"] <= few["p80"] <= 4
+
+
+def test_samples_are_taken_without_the_garbage_collector():
+    seen = []
+    measure.interleave({"a": lambda: float(not seen.append(gc.isenabled()))}, repeats=2)
+    assert seen == [False] * 3
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("apart", "noisy"), [(0.149, False), (0.151, True)])
+def test_ratios_rates_and_the_noisy_mark_are_those_of_the_samples(monkeypatch, apart, noisy):
+    """Ours takes 2 s and the other 3 s, of 40 rows, or of 5 in a step."""
+    ours = [2.0 * (1 + apart * part) for part in (-0.6, -0.5, 0, 0, 0.5, 0.6)]  # p20 and p80 are the second and the fifth
+    monkeypatch.setattr(measure, "interleave", lambda samples, repeats: {OURS: ours, "torch SGD": [1.5 * s for s in ours]})
+    for kind, rows in (("pass", 40), ("step", 5)):
+        first, second = measure.compare(kind, SMALL, CPU, [OURS, "torch SGD"], 6, KNOWN)
+        assert (first["ratio"], second["ratio"]) == pytest.approx((1, 1.5))
+        assert (first["samples_per_second"], second["samples_per_second"]) == pytest.approx((rows / 2, rows / 3))
+        assert [(row["noisy"], row["spread"]) for row in (first, second)] == [(noisy, pytest.approx(apart))] * 2
+
+
+def test_the_peer_in_jax_waits_for_its_last_weights(monkeypatch):
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    problem, order = workloads.random_problem(SMALL, CPU)
+    waited, real = [], jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda arrays: (waited.append(jax.tree.leaves(arrays)), real(arrays))[1])
+    for name in ("JAX scan SGD", "JAX scan SNGD"):
+        method = workloads.make(workloads.METHODS[name], problem)
+        measure.one_sample("pass", method, order)
+        assert {id(array) for array in jax.tree.leaves(method.weights)} == {id(array) for array in waited[-1]}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_peers_give_their_familys_result():
+    rows = rows_of("step", ["torch.compile SGD", "torch.compile SNGD"])
+    assert {name: (row["status"], row.get("note")) for name, row in rows.items()} == dict.fromkeys(rows, ("timed", None))
 
 
 def test_a_sample_starts_from_the_same_weights():

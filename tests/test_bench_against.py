@@ -73,7 +73,8 @@ def test_a_slower_package_is_flagged_after_a_second_look(package, monkeypatch):
     looks = []
     real = against.pairs_of
     monkeypatch.setattr(against, "pairs_of", lambda *args: (looks.append(args[2]), real(*args))[1])
-    verdicts = {kind: v for kind, _, v in against.compare({"base": PACKAGE.parent, "head": package}, SETTINGS, 9)}
+    *_, found = against.compare({"base": PACKAGE.parent, "head": package}, SETTINGS, 9)
+    verdicts = {kind: v for kind, _, v in found}
     slow = verdicts["pass"]
     assert slow.slower
     assert slow.ratio > 2
@@ -104,7 +105,7 @@ def test_a_package_that_computes_something_else_is_an_error(package):
     with (package / "dante_kernels" / "ops" / "__init__.py").open("a") as file:
         file.write("\ndef sngd_epoch_(*args, **settings):\n    return None\n")
     with pytest.raises(RuntimeError, match="20-16-10, batch 10: wrong result"):
-        against.compare({"base": PACKAGE.parent, "head": package}, SETTINGS, 2)
+        list(against.compare({"base": PACKAGE.parent, "head": package}, SETTINGS, 2))
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
@@ -112,7 +113,7 @@ def test_the_exit_status_and_the_files_say_whether_something_is_slower(monkeypat
     monkeypatch.setattr(report, "stale_extension", lambda folder: False)
     for ratio, status in ((1.2, 1), (1.0, 0)):
         verdict = against.judge([ratio] * 9)
-        monkeypatch.setattr(against, "compare", lambda *args, v=verdict: [("pass", workloads.QUICK, v)])
+        monkeypatch.setattr(against, "compare", lambda *args, v=verdict: [[("pass", workloads.QUICK, v)]])
         output = tmp_path / str(status)
         assert app.against_commit("HEAD", SETTINGS | {"repeats": 9}, output) == status
         out = capsys.readouterr().out
@@ -122,6 +123,48 @@ def test_the_exit_status_and_the_files_say_whether_something_is_slower(monkeypat
         (row,) = json.loads(path.read_text())["rows"]
         assert (row["status"], row["ratio"]) == ("slower" if status else "not slower", ratio)
         assert len(list(output.glob("*.csv"))) == 1
+
+
+class Told:
+    """A side whose new package takes 1.2 times as long; it ends as `how` says when it is asked for a time too many."""
+
+    left, how = 0, None
+
+    def __init__(self, folder, settings):
+        self.seconds = {"base": 1.0, "head": 1.2}[folder]
+
+    def ask(self, *request):
+        if Told.left == 0 and Told.how is not None:
+            raise Told.how
+        Told.left -= 1
+        return self.seconds
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("how", [RuntimeError("out of memory"), SystemExit(143), KeyboardInterrupt()])
+@pytest.mark.parametrize(("left", "cases"), [(18, 1), (17, 0), (6 * 18, 2), (7 * 18, 2), (10**6, 2)])
+def test_pairs_that_are_done_are_judged_and_written_where_it_is_ended_early(monkeypatch, tmp_path, capsys, how, left, cases):
+    monkeypatch.setattr(Told, "left", left)
+    monkeypatch.setattr(Told, "how", how)
+    monkeypatch.setattr(against, "Side", Told)
+    monkeypatch.setattr(against, "checkout", lambda *_: contextlib.nullcontext("base"))
+    monkeypatch.setattr(report, "commit_of", lambda folder: "abc")
+    real = against.compare
+    monkeypatch.setattr(against, "compare", lambda sides, *rest: real({"base": "base", "head": "head"}, *rest))
+    run = lambda: app.against_commit("HEAD", SETTINGS | {"repeats": 9}, tmp_path)  # noqa: E731
+    if left == 10**6:
+        assert run() == 1
+    elif isinstance(how, RuntimeError):
+        assert run() == 2
+    else:
+        with pytest.raises(type(how)):
+            run()
+    rows = [row for path in tmp_path.glob("*.json") for row in json.loads(path.read_text())["rows"]]
+    assert [(row["status"], row["ratio"]) for row in rows] == [("slower", 1.2)] * cases
+    assert all(("looked at only once" in row["note"]) == (left < 10**6) for row in rows)
+    assert capsys.readouterr().out.count("SLOWER") == cases
 
 
 def git(*arguments):

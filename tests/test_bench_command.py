@@ -13,7 +13,7 @@ import time
 import pytest
 from test_bench_rows import a_row
 
-from bench import app, report, workloads
+from bench import app, process, report, scaling, workloads
 from bench.workloads import OURS
 from dante_kernels import cli_bench
 
@@ -37,7 +37,7 @@ def test_a_whole_name_is_that_method_alone_and_a_part_is_many(tmp_path):
 def test_quick_measures_everything_and_leaves_rows_and_pictures(tmp_path):
     arguments = ["step", "pass", "quality", "--quick", "--output", tmp_path / "rows", "--pictures", tmp_path / "pictures"]
     command = [sys.executable, "-m", "bench", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=180)  # as it is promised
     assert done.returncode == 0, done.stderr[-3000:]
     assert "pass: 20-16-10, batch 10, every layer, 1 thread" in done.stdout
     (path,) = (tmp_path / "rows").glob("*.json")
@@ -47,9 +47,18 @@ def test_quick_measures_everything_and_leaves_rows_and_pictures(tmp_path):
     assert found.keys() == set(itertools.product(("step", "pass", "quality"), methods))
     assert {found[kind, "torch SGD"]["status"] for kind in ("step", "pass", "quality")} == {"timed"}
     assert all(len(curve["points"]) == 2 for curve in results["curves"])
+    assert all(curve["grid"] == list(workloads.RATES[curve["family"]]) for curve in results["curves"])
     drawn = {p.name: p.read_bytes()[:4] for p in (tmp_path / "pictures").iterdir()}
     assert drawn.keys() == {f"bench-{name}.{suffix}" for name in ("ratio", "loss") for suffix in ("png", "svg")}
     assert drawn["bench-ratio.png"] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("kind", ["step", "scaling"])
+def test_rows_that_have_no_picture_leave_no_folder(tmp_path, kind):
+    path, _ = report.write(tmp_path / "rows", [a_row(kind=kind)], [])
+    with pytest.raises(SystemExit, match="no pass and no curve to draw"):
+        app.main(["--plot", str(path), "--pictures", str(tmp_path / "pictures")])
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_the_operators_micro_benchmarks_run():
@@ -94,14 +103,117 @@ def test_a_measuring_process_ends_with_its_parent(monkeypatch, tmp_path):
     (tmp_path / "bench").mkdir()
     program = "import json, os, time\nprint(json.dumps(os.getpid()), flush=True)\ntime.sleep(60)\n"
     (tmp_path / "bench" / "__main__.py").write_text(program)
-    monkeypatch.setattr(app, "ROOT", tmp_path)
-    messages = app.child({})
-    process, begin = next(messages), time.monotonic()
+    monkeypatch.setattr(process, "ROOT", tmp_path)
+    messages = process.child({})
+    number, begin = next(messages), time.monotonic()
     with pytest.raises(SystemExit):
         messages.throw(SystemExit(143))
     assert time.monotonic() < begin + 30
     with pytest.raises(ProcessLookupError):
-        os.kill(process, 0)
+        os.kill(number, 0)
+
+
+def stand_in(monkeypatch, folder, program):
+    """Measuring processes run this first, then what they would."""
+    (folder / "bench").mkdir()
+    path = f"import sys; sys.path[0] = {str(ROOT)!r}\n"
+    (folder / "bench" / "__main__.py").write_text(f"{path}{program}\nfrom bench import app\nsys.exit(app.main(sys.argv[1:]))\n")
+    monkeypatch.setattr(process, "ROOT", folder)
+
+
+@LINUX
+def test_a_peer_that_kills_the_process_loses_only_its_own_rows(monkeypatch, tmp_path, capsys):
+    program = """
+import os, signal
+from bench import limits, workloads
+from bench.peers import torch_autograd
+limits.of = lambda *_: limits.Limits(1e12, 1e10)
+workloads.of = lambda kind, quick: [workloads.QUICK, workloads.QUICK._replace(batch=20)]
+real = torch_autograd.ForeachSgd.round
+def round(self, order):
+    if self.problem.batch == 20:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    real(self, order)
+torch_autograd.ForeachSgd.round = round
+"""
+    stand_in(monkeypatch, tmp_path, program)
+    arguments = ["pass", "--quick", "--methods", "torch SGD, foreach;torch SNGD", "--output", str(tmp_path / "rows")]
+    assert app.main(arguments) == 1
+    (path,) = (tmp_path / "rows").glob("*.json")
+    found = {(row["batch"], row["method"]): row for row in json.loads(path.read_text())["rows"]}
+    statuses = {key: row["status"] for key, row in found.items() if key[1] != OURS}
+    assert statuses == {
+        (10, "torch SNGD"): "timed", (10, "torch SGD, foreach"): "timed",
+        (20, "torch SNGD"): "timed", (20, "torch SGD, foreach"): "failed",
+    }  # fmt: skip
+    says = "ended the measuring process by SIGSEGV in pass: 20-16-10, batch 20, every layer"
+    assert found[20, "torch SGD, foreach"]["note"] == f"{says}; left out since"
+    assert f"dante bench: torch SGD, foreach {says}\n" in capsys.readouterr().err
+
+
+@LINUX
+def test_the_measuring_process_has_the_settings(monkeypatch, tmp_path):
+    """Its cores, torch's and JAX's threads, the precision and the kernels' instruction set."""
+    program = """
+import json, os, torch
+from bench import process
+from test_bench_rows import a_row
+def measure_rows(settings, device, send):
+    seen = [sorted(os.sched_getaffinity(0)), torch.get_num_threads(), os.environ["XLA_FLAGS"]]
+    seen += [torch.get_float32_matmul_precision(), os.environ["DANTE_CPU_ISA"]]
+    send({"row": a_row(note=json.dumps(seen))})
+process.measure_rows = measure_rows
+"""
+    stand_in(monkeypatch, tmp_path, f"sys.path.append({str(ROOT / 'tests')!r})\n{program}")
+    monkeypatch.setenv("DANTE_CPU_ISA", "avx2")
+    arguments = ["pass", "--threads", "1", "--isa", "generic", "--precision", "medium", "--output", str(tmp_path / "rows")]
+    assert app.main(arguments) == 0
+    (path,) = (tmp_path / "rows").glob("*.json")
+    (row,) = json.loads(path.read_text())["rows"]
+    first = min(os.sched_getaffinity(0))
+    assert json.loads(row["note"]) == [[first], 1, "--xla_cpu_multi_thread_eigen=false", "medium", "generic"]
+
+
+@LINUX
+def test_scaling_measures_every_axis_and_fits_exponents(monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling, "superlinear", lambda rows: ["said of the rows"])
+    stand_in(monkeypatch, tmp_path, "from bench import limits; limits.of = lambda *_: limits.Limits(1e12, 1e10)")
+    arguments = ["--scaling", "--quick", "--methods", "torch SGD, foreach", "--output", str(tmp_path / "rows")]
+    assert app.main(arguments) == 1  # for what is said
+    (path,) = (tmp_path / "rows").glob("bench-scaling-*-quick.json")
+    rows = [report.complete(row) for row in json.loads(path.read_text())["rows"]]
+    works = [f"{axis} {value}" for axis, values in scaling.QUICK.items() for value in values]
+    assert [(row["work"], row["method"]) for row in rows] == list(itertools.product(works, [OURS, "torch SGD, foreach"]))
+    assert {(row["kind"], row["status"]) for row in rows} == {("scaling", "timed")}
+    assert [row["exponent"] is not None for row in rows] == [False, False, True, True] * 4
+
+
+@pytest.mark.parametrize("status", ["wrong result", "failed", "not here"])
+def test_a_row_that_is_wrong_or_failed_is_status_1(monkeypatch, tmp_path, capsys, status):
+    other = a_row(method="torch SGD", status=status, note="far off", median=None, noisy=None)
+    monkeypatch.setattr(app, "child", lambda settings: [{"row": a_row()}, {"row": other}])
+    assert app.main(["pass", "--output", str(tmp_path)]) == int(status != "not here")
+    assert (f"dante bench: torch SGD: {status}: far off" in capsys.readouterr().err) == (status != "not here")
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "says"),
+    [
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            1,
+            "something ended the measuring process by SIGKILL in its",
+        ),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", 143, ""),
+        ("sys.exit(3)", 3, ""),
+    ],
+)
+def test_a_process_that_ends_for_no_method_is_not_started_again(monkeypatch, tmp_path, capsys, program, status, says):
+    stand_in(monkeypatch, tmp_path, program)
+    with pytest.raises(SystemExit) as caught:
+        list(process.child({}))
+    assert caught.value.code == status
+    assert says in capsys.readouterr().err
 
 
 def test_a_closed_pipe_and_a_missing_rich_lose_no_files(monkeypatch, tmp_path, capsys):

@@ -177,6 +177,12 @@ def test_a_time_to_quality_needs_every_run_to_reach_the_target():
     assert "edge" in row["note"]
 
 
+def test_a_ratio_to_quality_is_a_method_s_time_over_ours():
+    rows = [a_row(method="torch SGD", median=3.0), a_row(median=2.0), a_row(method="JAX", status="failed", median=None)]
+    assert [row.get("ratio") for row in quality.with_ratios(rows)] == [1.5, 1.0, None]
+    assert [row.get("ratio") for row in quality.with_ratios(rows[::2])] == [None, None]
+
+
 def test_the_rate_is_the_one_with_the_fewest_updates_to_the_target_else_the_least_loss(monkeypatch):
     def ends(table):
         def curve(method, split, rounds, seed, target):
@@ -214,8 +220,16 @@ def test_fit_and_the_operators_train_alike_in_short_turns():
 
 def test_exponents_are_fitted_to_the_upper_half_and_superlinear_rows_are_named():
     assert scaling.exponent([1, 10, 100, 1000], [5.0, 5.0, 7.0, 7e2]) == pytest.approx(2)
-    rows = list(scaling.study(CPU, ["torch SGD, foreach"], 2, True, KNOWN))
-    assert [row["work"] for row in rows if row.get("exponent") is not None] == ["width 32", "batch 100", "depth 2", "rows 200"]
+    rows = [
+        a_row(kind="scaling", work=work, method=method, threads=threads, median=number + factor)
+        for number, (work, _) in enumerate(scaling.study(True))
+        for method, threads, factor in (("torch SGD", 1, 1), (OURS, 1, 1), (OURS, 2, 7))
+    ]
+    scaling.add_exponents(rows, True)
+    given = [row for row in rows if row.get("exponent") is not None]
+    assert [row["work"] for row in given[::3]] == ["width 32", "batch 100", "depth 2", "rows 200"]
+    assert given[0]["exponent"] == given[1]["exponent"] == pytest.approx(math.log2(2))
+    assert given[2]["exponent"] == pytest.approx(math.log2(8 / 7))
 
 
 def a_round_of(rows, seconds, **changes):

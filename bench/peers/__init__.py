@@ -76,13 +76,14 @@ class Method(abc.ABC):
     def reset(self) -> None:
         """Back to the problem's start; nothing of an earlier run is left. Not timed."""
 
-    def prepare(self, *inputs: Tensor) -> Sequence[Any]:
-        """What `round` or `step` will be given, as the method takes it. Not timed."""
-        return inputs
+    @staticmethod
+    def convert(tensor: Tensor) -> Any:
+        """An argument of `round` or `step` as the method takes it. Not timed; so it has no data from which to gather rows."""
+        return tensor
 
     @abc.abstractmethod
     def round(self, order: Tensor) -> None:
-        """Train on the prepared order of rows, as the problem says; it may return before that is done."""
+        """Train on the order of rows, in the method's form, as the problem says; it may return before that is done."""
 
     def step(self, x: Tensor, y: Tensor, one_hot: Tensor) -> None:
         """One mini-batch: SNGD on the first layer, SGD on all of them."""

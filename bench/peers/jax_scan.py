@@ -69,17 +69,14 @@ class JaxMethod(Method):
             raise NotHere("this JAX sees no GPU")
         precision = {"highest": "highest", "high": "tensorfloat32", "medium": "bfloat16"}
         jax.config.update("jax_default_matmul_precision", precision[torch.get_float32_matmul_precision()])
-        self.x, self.y = self.array(problem.x), self.array(problem.y)
+        self.x, self.y = self.convert(problem.x), self.convert(problem.y)
 
     @staticmethod
-    def array(tensor):
-        return jnp.array(tensor.cpu().numpy())
-
-    def prepare(self, *inputs):
-        return jax.block_until_ready([self.array(tensor) for tensor in inputs])
+    def convert(tensor):
+        return jax.block_until_ready(jnp.array(tensor.cpu().numpy()))
 
     def reset(self):
-        self.weights = [(self.array(w), self.array(b)) for w, b in self.problem.start]
+        self.weights = [(self.convert(w), self.convert(b)) for w, b in self.problem.start]
         self.wait()
 
     def wait(self):
