@@ -10,9 +10,11 @@ HEAD = """# The papers' experiments, run again
 Made by `dante reproduce {name} --{scale}`; {made_by}. Do not edit: the text is in `dante_kernels/reproduce/`.
 
 For every method the learning rate is searched in the same way: {grid} rates, 1 and 3 times powers of ten, around the method's
-start, trained on 85 % of the training rows with seed 0 and judged on the other 15 %, and further ones while the best stands at
-the edge; `!` behind a rate says that it still does. The figures are those of other seeds, trained on all training rows and
-judged on the test rows, which no choice has seen: mean ± standard deviation. All methods of a case update the same number of
+start, trained on 85 % of the training rows and judged on the other 15 %, and further ones while the best stands at the edge;
+`!` behind a rate says that it still does. The best is trained again with a second seed and then counts by the worse of its two
+losses, a diverged one being the worst, until the best has been trained with both: a single seed may choose a rate at the edge of
+stability. The figures are those of other seeds, trained on all training rows and judged on the test rows, which no choice has
+seen: mean ± standard deviation. All methods of a case update the same number of
 weights, with mini-batches of the same size and the same initial weights for the same seed (torch's own initialisation). "T"
 is the number of passes over the data that a layer makes in a block. {note}
 """

@@ -7,7 +7,7 @@ import statistics
 from . import published
 from .experiments import PAIRS, Experiment
 from .runs import Row
-from .search import Case, Search, Store, rate_of
+from .search import SEARCH_SEEDS, Case, Search, Store, rate_of
 
 METRICS = ("test_loss", "test_accuracy", "svm_accuracy", "train_loss", "baseline", "seconds", "weights_updated")
 
@@ -86,7 +86,7 @@ def _method(experiment: str, case: Case, index: int, store: Store) -> Row:
 def _first_note(case: Case, index: int, store: Store) -> str:
     """Why no rate of a search could be trained with, where it was no divergence."""
     search = Search(case, case.methods[index], case.splits[0])
-    rows = (store.rows.get(search.job(i, 0, "search").key, {}) for i in range(-40, 40))
+    rows = (store.rows.get(search.job(i, seed, "search").key, {}) for i in range(-40, 40) for seed in SEARCH_SEEDS)
     return next((row["note"] for row in rows if "note" in row), "")
 
 
