@@ -9,6 +9,7 @@ from typing import Any
 
 from . import plots, report, summary
 from .experiments import EXPERIMENTS, Scale
+from .problems import Lack
 from .runs import Row
 from .search import Case, Store, complete, workers
 
@@ -44,7 +45,7 @@ def reproduce(
     store = Store(output / RUNS)
     done = []
 
-    def complete_one(each: str, cases: tuple[Case, ...]) -> dict[tuple[str, int], str]:
+    def complete_one(each: str, cases: tuple[Case, ...]) -> dict[tuple[str, int], Lack]:
         return complete(list(cases), store, run, directory, lambda line: say(f"{each}: {line}"))
 
     with workers(jobs, directory) as run:

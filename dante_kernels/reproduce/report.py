@@ -76,7 +76,7 @@ def _rows(metric: str, case: Row) -> list[list[str]]:
     start = [case["title"], case["net"]]
     empty = [""] * (len(_HEADS[metric]) - 3)
     if case["absent"]:
-        return [[*start, f"data absent: {_escaped(case['absent'])}", *empty]]
+        return [[*start, f"data {'damaged' if case['damaged'] else 'absent'}: {_escaped(case['absent'])}", *empty]]
     return [start + (_speed_line(m) if case["speed_only"] else _line(metric, m)) for m in case["methods"]]
 
 

@@ -280,23 +280,23 @@ def _begin_worker() -> None:
 
 def complete(
     cases: list[Case], store: Store, run: Runner, directory: Path | None, say: Callable[[str], Any]
-) -> dict[tuple[str, int], str]:
+) -> dict[tuple[str, int], problems.Lack]:
     """Do all trainings of these cases that are not in the store yet.
 
     Returns:
-        Why there is no data for a case and split; without these, all rows are there afterwards.
+        Why there is no data for a case and split, or none that can be read; without these, all rows are there afterwards.
     """
     every = [search for case in cases for search in searches(case)]
-    absent: dict[tuple[str, int], str] = {}
+    absent: dict[tuple[str, int], problems.Lack] = {}
     while True:
         wanted: dict[str, Job] = {}
         for search in every:
             if (search.case.name, search.split) in absent:
                 continue
             jobs = search.state(store.rows)[0]
-            reason = problems.why_absent(jobs[0].spec, directory) if jobs else None
-            if reason is not None:
-                absent[search.case.name, search.split] = reason
+            lack = problems.lack(jobs[0].spec, directory) if jobs else None
+            if lack is not None:
+                absent[search.case.name, search.split] = lack
                 continue
             wanted |= {job.key: job for job in jobs}
         if not wanted:

@@ -6,6 +6,7 @@ import statistics
 
 from . import published
 from .experiments import PAIRS, Experiment
+from .problems import Lack
 from .runs import Row
 from .search import SEARCH_SEEDS, Case, Search, Store, rate_of
 
@@ -14,14 +15,14 @@ VERDICTS = ("yes", "level", "no", "one seed", "no verdict", "no comparison")
 METRICS = ("test_loss", "test_accuracy", "svm_accuracy", "train_loss", "baseline", "seconds", "weights_updated")
 
 
-def summarise(experiment: Experiment, full: bool, store: Store, absent: dict[tuple[str, int], str]) -> Row:
+def summarise(experiment: Experiment, full: bool, store: Store, absent: dict[tuple[str, int], Lack]) -> Row:
     """All that a page says of an experiment.
 
     Args:
         experiment: with its cases.
         full: the scale.
         store: the rows.
-        absent: why there is no data for a case and split, from `search.complete`.
+        absent: why there is no data for a case and split, or none that can be read, from `search.complete`.
     """
     cases = [_case(experiment, case, store, absent) for case in experiment.cases]
     return {
@@ -38,7 +39,7 @@ def summarise(experiment: Experiment, full: bool, store: Store, absent: dict[tup
     }
 
 
-def _case(experiment: Experiment, case: Case, store: Store, absent: dict[tuple[str, int], str]) -> Row:
+def _case(experiment: Experiment, case: Case, store: Store, absent: dict[tuple[str, int], Lack]) -> Row:
     why = next((absent[case.name, split] for split in case.splits if (case.name, split) in absent), None)
     methods = [] if why else [_method(experiment.name, case, index, store) for index in range(len(case.methods))]
     return {
@@ -49,7 +50,8 @@ def _case(experiment: Experiment, case: Case, store: Store, absent: dict[tuple[s
         "epochs": case.epochs,
         "batch": case.batch,
         "speed_only": case.speed_only,
-        "absent": why,
+        "absent": why and why.reason,
+        "damaged": why is not None and why.damaged,
         "nothing_learnt": nothing_learnt(methods),
         "methods": methods,
     }
@@ -159,7 +161,8 @@ def _claim(metric: str, case: Row, ours: str, theirs: str) -> Row | None:
 
 def failures(summary: Row) -> list[str]:
     """What went wrong in an experiment, other than absent data and rates that were too high."""
-    return [
+    damaged = [f"{case['title']} {case['net']}: {case['absent']}" for case in summary["cases"] if case["damaged"]]
+    return damaged + [
         f"{case['title']} {case['net']}, {method['title']}: {method['note']}"
         for case in summary["cases"]
         for method in case["methods"]

@@ -265,6 +265,19 @@ def test_what_fails_ends_with_status_1_and_a_page(dante, tiny_experiment, monkey
     assert "Failed: tiny 6-5-3, SGD (constant rate)" in pathlib.Path("here/mlp.md").read_text()
 
 
+def test_damaged_data_ends_with_status_1_while_the_others_go_on(dante, tiny_experiment):
+    pathlib.Path("data/cifar10").mkdir(parents=True)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        pathlib.Path(f"data/cifar10/{name}.bin").write_bytes(b"short")
+    status, _, err = dante("reproduce", "mlp", "--jobs", 1, "--output", "here", "--data-dir", "data", "--quiet")
+    says = "cifar10/data_batch_1.bin: expected records of 3073 bytes, got a file of 5 bytes"
+    assert (status, err) == (1, f"dante: mlp: away 6-5-3: {says}\n")
+    page = pathlib.Path("here/mlp.md").read_text()
+    assert f"| away | 6-5-3 | data damaged: {says} |" in page
+    assert f"Failed: away 6-5-3: {says}" in page
+    assert page.count("| tiny | 6-5-3 |") == 6
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_ends_the_processes_and_keeps_what_is_done(tmp_path):
     command = [sys.executable, "-m", "dante_kernels.cli", "reproduce", "table3", "--jobs", "2", "--output", str(tmp_path)]
