@@ -26,9 +26,16 @@ import dante_kernels as dk
 
 from . import probes, problems
 from .problems import Spec
-from .runs import Method, Row, train
+from .runs import METRICS, Method, Row, train
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 SEARCH_SEEDS = (0, 1000)  # no final training has one of them
+RUNS = "runs.jsonl"
+NEEDED = {"job", "method", "made_by", "status", *METRICS} - {"svm_accuracy"}  # of every row of a file
 POINTS = 25  # of a curve that are kept in a row
 
 
@@ -150,21 +157,60 @@ def thinned(points: list[Any]) -> list[Any]:
     return [points[round(i * (len(points) - 1) / (POINTS - 1))] for i in range(POINTS)]
 
 
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[Path]:
+    """The path of the rows' file in this folder, while no other process has the folder, where the platform can tell.
+
+    Raises:
+        BlockingIOError: where another run has it.
+    """
+    path = folder / RUNS
+    with open(path, "ab") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BlockingIOError(f"{folder}: another run is writing into this folder") from error
+            except OSError:  # a file system without locks
+                pass
+        yield path
+
+
+def _row(line: str) -> Row | None:
+    """The row of a line; None where it is none, or lacks what pages are made of."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    job = row.get("job") if isinstance(row, dict) else None
+    if not isinstance(job, dict):
+        return None
+    needed = NEEDED | ({"curve"} if job.get("part") == "final" else set())
+    if job.get("probe") == "svm" and row.get("status") == "done":
+        needed |= {"svm_accuracy"}
+    return row if needed <= row.keys() else None
+
+
 class Store:
     """Rows by their jobs' keys, in a file of one JSON object a line that only grows.
 
     Args:
-        path: the file; its rows are read where it exists. A last line that was cut short, or one that is no row, is passed
-            over and its job is done again.
+        path: the file; its rows are read where it exists. A last line that was cut short, or one that is no row or lacks a
+            part of one, is passed over and its job is done again.
+
+    Raises:
+        ValueError: where the file is no text; names it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[str, Row] = {}
-        content = path.read_text(encoding="utf-8") if path.exists() else ""
-        for line in content.splitlines():
-            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-                row = json.loads(line)
+        try:
+            content = path.read_text(encoding="utf-8") if path.exists() else ""
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected a text in UTF-8 with a row a line, got another file ({error})") from error
+        for row in map(_row, content.splitlines()):
+            if row is not None:
                 self.rows[_key(row["job"])] = row
         self.cut = bool(content) and not content.endswith("\n")
 

@@ -7,12 +7,11 @@ import statistics
 from . import published
 from .experiments import PAIRS, Experiment
 from .problems import Lack
-from .runs import Row
+from .runs import METRICS, Row
 from .search import SEARCH_SEEDS, Case, Search, Store, rate_of
 
 # "level" is within the spread of the difference over the seeds, whichever is ahead; a single seed has no spread.
 VERDICTS = ("yes", "level", "no", "one seed", "no verdict", "no comparison")
-METRICS = ("test_loss", "test_accuracy", "svm_accuracy", "train_loss", "baseline", "seconds", "weights_updated")
 
 
 def summarise(experiment: Experiment, full: bool, store: Store, absent: dict[tuple[str, int], Lack]) -> Row:

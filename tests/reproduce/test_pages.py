@@ -1,5 +1,6 @@
 """The pages: what they say is what the rows say, published figures are the papers', and the command writes them."""
 
+import gzip
 import json
 import pathlib
 import re
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import test_cli
 from support_reproduce import TINY, write_ccpp
+from test_data import idx_bytes, small_arrays, write_files
 
 from dante_kernels import data
-from dante_kernels.reproduce import experiments, main, plots, probes, published, report, search, summary
+from dante_kernels.reproduce import experiments, main, plots, probes, problems, published, report, search, summary
 from dante_kernels.reproduce.problems import Spec
 from dante_kernels.reproduce.search import Store
 
@@ -66,6 +68,40 @@ def test_a_page_says_what_its_summary_says(tiny_experiment, tmp_path):
     assert (tmp_path / "reproduction" / "mlp.png").read_bytes()[:4] == b"\x89PNG"
     assert "](reproduction/mlp.png)" in page.read_text()
     assert f"a quick run: {experiments.Scale(False).rows:,} training rows of pictures" in page.read_text()
+
+
+def test_what_draws_is_asked_for_before_anything_is_trained(tiny_experiment, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(data.MissingExtraError, match=r"drawing the pictures needs matplotlib"):
+        main.reproduce("mlp", full=False, directory=None, output=tmp_path / "out", jobs=1, say=lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_in_a_folder_is_refused(dante, tiny_experiment):
+    pytest.importorskip("fcntl")
+    pathlib.Path("here").mkdir()
+    with search.only_one(pathlib.Path("here")):
+        status, out, err = dante("reproduce", "mlp", "--output", "here")
+    assert (status, out, err) == (1, "", "dante: here: another run is writing into this folder\n")
+
+
+def test_a_part_of_kmnist_has_rows_of_its_own(tiny_experiment, tmp_path, monkeypatch):
+    """Trained first on the 5 of 6 images, then on all: nothing of the first run is taken in the second."""
+    monkeypatch.setattr(problems, "KMNIST_ROWS", 5)
+    case = replace(TINY, spec=Spec("kmnist"), widths=(9, 5, 4), methods=experiments.FOUR[1:2])
+    made = replace(tiny_experiment, cases=(case,))
+    monkeypatch.setattr(main, "EXPERIMENTS", {"mlp": lambda scale: made})
+    settings = {"full": False, "output": tmp_path, "jobs": 1, "say": lambda line: None}
+    x, y, x_test, y_test = small_arrays()
+    (tmp_path / "part" / "kmnist").mkdir(parents=True)
+    for file, array in zip(problems.KMNIST_PART, (x[:5], y[:5], x_test, y_test), strict=True):
+        (tmp_path / "part" / "kmnist" / file).write_bytes(gzip.compress(idx_bytes(array)))
+    write_files(tmp_path / "whole" / "kmnist", [x, y, x_test, y_test])
+    counts = []
+    for folder in ("part", "whole", "part"):
+        main.reproduce("mlp", directory=tmp_path / folder, **settings)
+        counts.append(len(Store(tmp_path / "runs.jsonl").rows))
+    assert counts[0] < counts[1] == counts[2]
 
 
 def test_absent_data_is_a_line_that_says_so_and_no_number(tiny_experiment, tmp_path):

@@ -155,6 +155,37 @@ def test_rows_survive_an_interruption_and_are_gone_on_from(tmp_path):
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.parametrize(
+    "lost", ["job", "method", "made_by", "status", "test_loss", "seconds", "curve", "svm_accuracy", "not an object", "no job"]
+)
+def test_a_row_without_what_is_needed_is_passed_over(tmp_path, lost):
+    path, case = tmp_path / "runs.jsonl", replace(TINY, probe="svm")
+    rows = [fake(Search(case, experiments.FOUR[0], 0).job(i, 1, "final"), 0.5) | {"svm_accuracy": 0.5} for i in (0, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(Store(path).rows) == 2
+    broken = {"not an object": [1], "no job": rows[0] | {"job": 1}}.get(lost, {k: v for k, v in rows[0].items() if k != lost})
+    path.write_text(json.dumps(broken) + "\n" + json.dumps(rows[1]) + "\n")
+    assert [row["job"]["rate"] for row in Store(path).rows.values()] == [3.0]
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
+    (tmp_path / "runs.jsonl").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/runs\.jsonl: expected a text in UTF-8"):
+        Store(tmp_path / "runs.jsonl")
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    with search.only_one(tmp_path):
+        with pytest.raises(BlockingIOError, match=rf"^{tmp_path}: another run"), search.only_one(tmp_path):
+            pass
+        (tmp_path / "other").mkdir()
+        with search.only_one(tmp_path / "other"):
+            pass
+    with search.only_one(tmp_path) as path:
+        assert path == tmp_path / "runs.jsonl"
+
+
 def test_final_trainings_use_all_rows_and_another_seed_than_the_search(tmp_path):
     run_all(replace(TINY, methods=TINY.methods[:1], batch=5), store := Store(tmp_path / "runs.jsonl"))
     parts = {
