@@ -39,7 +39,7 @@ def reproduce(
     with errors_in_one_line():
         import torch
 
-        from .reproduce import main, report
+        from .reproduce import main, report, search
         from .reproduce.experiments import EXPERIMENTS
         from .reproduce.summary import failures
 
@@ -53,7 +53,7 @@ def reproduce(
                 name, full=full, directory=data_dir, output=output, jobs=jobs or torch.get_num_threads(), say=say
             )
         except KeyboardInterrupt:
-            print(f"dante: finished trainings are kept in {output / main.RUNS}; the same command goes on", file=sys.stderr)
+            print(f"dante: finished trainings are kept in {output / search.RUNS}; the same command goes on", file=sys.stderr)
             raise
         wrong = [f"{s['name']}: {text}" for s in summaries for text in failures(s)]
         if not quiet:

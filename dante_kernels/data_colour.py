@@ -72,9 +72,10 @@ def _cifar10(directory: Path, rows: int | None) -> Dataset:
 
 
 def _svhn(directory: Path, rows: int | None) -> Dataset:
+    paths = _there(directory / "train_32x32.mat", directory / "test_32x32.mat")
     io = require("scipy.io", "sklearn", "reading SVHN")
     parts: list[Tensor] = []
-    for path in _there(directory / "train_32x32.mat", directory / "test_32x32.mat"):
+    for path in paths:
         try:
             content = io.loadmat(path)
             pixels, labels = content["X"], content["y"].ravel()

@@ -76,8 +76,11 @@ def _find(directory: Path, file: str) -> Path | None:
 
 def _cells(path: Path, columns: int, delimiter: str, header: list[str] | None) -> Array:
     """The words of a text file as an array (rows, columns)."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file, delimiter=delimiter, skipinitialspace=True) if row]
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.reader(file, delimiter=delimiter, skipinitialspace=True) if row]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected lines of text with {columns} columns, got others ({error})") from error
     rows = [row[:-1] if row[-1] == "" else row for row in rows]  # spaces at the end of a line
     if header is not None:
         if not rows or rows[0] != header:
@@ -96,15 +99,29 @@ def _numbers(path: Path, cells: Array) -> Array:
         values = cells.astype(np.float64)
     except ValueError as error:
         raise ValueError(f"{path}: expected numbers, got another text ({error})") from error
-    if not np.isfinite(values).all():
-        raise ValueError(f"{path}: expected finite numbers, got {values[~np.isfinite(values)][0]}")
-    return values.astype(np.float32)
+    return _finite(path, values)
+
+
+def _finite(path: Path, values: Array) -> Array:
+    """As float32, which 1e39 is too large for."""
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32)
+    if not np.isfinite(narrow).all():
+        raise ValueError(f"{path}: expected finite numbers, got {values[~np.isfinite(narrow)][0]}")
+    return narrow
 
 
 def _as_indices(words: Array) -> Array:
     """The place of each word, or number, among those that occur."""
     indices: Array = np.unique(words, return_inverse=True)[1].astype(np.int64)
     return indices
+
+
+def _classes(path: Path, words: Array, known: tuple[str, ...]) -> Array:
+    unknown = np.setdiff1d(words, known)
+    if len(unknown):
+        raise ValueError(f"{path}: expected the classes {', '.join(known)}, got {', '.join(unknown)}")
+    return _as_indices(words)
 
 
 def _one_hot(words: Array) -> Array:
@@ -137,12 +154,13 @@ def _ccpp(name: str, paths: list[Path]) -> Table:
 
 def _ionosphere(name: str, paths: list[Path]) -> Table:
     cells = _cells(paths[0], 35, ",", None)
-    return _table(name, _numbers(paths[0], cells[:, :-1]), _as_indices(cells[:, -1]))
+    return _table(name, _numbers(paths[0], cells[:, :-1]), _classes(paths[0], cells[:, -1], ("b", "g")))
 
 
 def _vehicle(name: str, paths: list[Path]) -> Table:
     cells = _cells(paths[0], 19, " ", None)
-    return _table(name, _numbers(paths[0], cells[:, :-1]), _as_indices(cells[:, -1]))
+    known = ("bus", "opel", "saab", "van")
+    return _table(name, _numbers(paths[0], cells[:, :-1]), _classes(paths[0], cells[:, -1], known))
 
 
 def _libsvm(features: int) -> Callable[[str, list[Path]], Table]:
@@ -153,13 +171,14 @@ def _libsvm(features: int) -> Callable[[str, list[Path]], Table]:
         parts = []
         for path in paths:
             try:
-                x, y = datasets.load_svmlight_file(str(path), n_features=features, dtype=np.float32)
+                x, y = datasets.load_svmlight_file(str(path), n_features=features, dtype=np.float64)
             except (ValueError, OSError, EOFError) as error:
                 text = f"{path}: expected lines in LIBSVM's format with at most {features} features, got others ({error})"
                 raise ValueError(text) from error
             if not len(y):
                 raise ValueError(f"{path}: expected at least one row, got none")
-            parts.append((torch.from_numpy(x.toarray()), y))
+            _finite(path, y)
+            parts.append((torch.from_numpy(_finite(path, x.toarray())), y))
         labels = _as_indices(np.concatenate([y for _, y in parts]))
         (x, _), (x_test, _) = parts
         y, y_test = torch.from_numpy(labels).split([len(x), len(x_test)])
@@ -178,3 +197,4 @@ _READERS: dict[str, tuple[tuple[str, ...], Callable[[str, list[Path]], Table]]] 
     "usps": (("usps.bz2", "usps.t.bz2"), _libsvm(256)),
 }
 NAMES = tuple(_READERS)
+FILES = {name: files for name, (files, _) in _READERS.items()}

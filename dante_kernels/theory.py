@@ -15,6 +15,7 @@ function raises ValueError or TypeError that names the argument which is missing
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,13 +92,14 @@ def layer_kappa(
     phi = _activation(activation, loss)
     if loss != "mse":
         epsilon, outputs = _positive("epsilon", epsilon), _outputs(loss, outputs)
-        return outputs * epsilon / math.expm1(-epsilon) ** 2
+        chance = math.expm1(-epsilon)
+        return _in_range("epsilon", outputs * (epsilon / chance / chance))
     if phi.kind == "tanh":
         raise ValueError("activation: the papers give no kappa for tanh; sharp_kappa has one")
     if phi.kind == "sigmoid":
         return math.exp(_positive("norm", norm, below=350))
     norm = _positive("norm", norm)
-    return 2 * phi.b**3 * norm / phi.a if phi.a else 2 * phi.b**2 * norm
+    return _in_range("activation, norm", 2 * phi.b * phi.b * norm * (phi.b / phi.a if phi.a else 1))
 
 
 def sharp_kappa(activation: Phi, norm: float | None = None, *, epsilon: float, loss: str = "mse") -> float:
@@ -118,7 +120,7 @@ def sharp_kappa(activation: Phi, norm: float | None = None, *, epsilon: float, l
     steep, flat = phi.g(torch.tensor([0.0, -depth], dtype=torch.float64)).tolist()
     if flat == 0:
         raise ValueError(f"activation: expected one with a positive least slope, got {phi}")
-    return steep**1.5 * math.sqrt(epsilon / flat)
+    return _in_range("activation, epsilon", steep * math.sqrt(steep) * math.sqrt(epsilon / flat))
 
 
 def inner_kappa(activation: Phi, norm: float, outer_norm: float, *, epsilon: float) -> float:
@@ -131,10 +133,11 @@ def inner_kappa(activation: Phi, norm: float, outer_norm: float, *, epsilon: flo
     """
     phi = _leaky(activation)
     norm, outer_norm, epsilon = _positive("norm", norm), _positive("outer_norm", outer_norm), _positive("epsilon", epsilon)
-    threshold = 4 * phi.b**5 * outer_norm**2 * norm**2 / phi.a
+    length = phi.b * phi.b * outer_norm * norm
+    threshold = _in_range("activation, norm, outer_norm", 4 * length * length * (phi.b / phi.a))
     if epsilon <= threshold:
         raise ValueError(f"epsilon: Theorems 4 and 5 need more than 4 b^5 W2^2 W1^2 / a = {threshold:g}, got {epsilon:g}")
-    return threshold * epsilon / (norm * (epsilon - threshold))
+    return _in_range("norm, epsilon", threshold / norm * (epsilon / (epsilon - threshold)))
 
 
 def noisy_kappa(activation: Phi, norm: float) -> float:
@@ -147,7 +150,7 @@ def noisy_kappa(activation: Phi, norm: float) -> float:
     if phi.kind == "sigmoid":
         return layer_kappa(phi, norm)
     phi, norm = _leaky(phi), _positive("norm", norm)
-    return 2 * phi.b**2 * (2 * phi.b * norm + 1) / phi.a
+    return _in_range("activation, norm", 2 * phi.b * (2 * phi.b * norm + 1) * (phi.b / phi.a))
 
 
 def noisy_samples(activation: Phi, norm: float, *, epsilon: float, delta: float) -> int:
@@ -159,8 +162,8 @@ def noisy_samples(activation: Phi, norm: float, *, epsilon: float, delta: float)
     """
     phi, kappa = resolve(activation), noisy_kappa(activation, norm)
     epsilon, delta = _positive("epsilon", epsilon), _positive("delta", delta, below=1)
-    scale = (2 * norm * kappa if phi.kind == "sigmoid" else math.sqrt(288) * phi.b**2 * norm / phi.a) / epsilon
-    return _ceil("norm", scale * scale * -math.log(delta))
+    scale = (2 * norm * kappa if phi.kind == "sigmoid" else math.sqrt(288) * phi.b * norm * (phi.b / phi.a)) / epsilon
+    return _ceil("norm, epsilon", scale * scale * -math.log(delta))
 
 
 def steps(kappa: float, distance: float, epsilon: float) -> int:
@@ -172,8 +175,11 @@ def steps(kappa: float, distance: float, epsilon: float) -> int:
     >>> steps(kappa=4.0, distance=0.5, epsilon=0.1)
     400
     """
-    ratio = _positive("kappa", kappa) / _positive("epsilon", epsilon) * (distance and _positive("distance", distance))
-    return max(1, _ceil("kappa", ratio * ratio * (1 - 2.0**-50)))  # a whole number stays one in spite of rounding
+    ratio = _positive("kappa", kappa) / _positive("epsilon", epsilon)
+    ratio *= 0.0 if _number("distance", distance) == 0 else _positive("distance", distance)
+    return max(
+        1, _ceil("kappa, distance, epsilon", ratio * ratio * (1 - 2.0**-50))
+    )  # a whole number stays one in spite of rounding
 
 
 def suggest(
@@ -190,7 +196,10 @@ def suggest(
     kappa: float | None = None,
 ) -> Suggestion:
     """Rate, steps and mini-batch for SNGD on one layer: lr = epsilon / kappa, T = (kappa distance / epsilon)^2 and
-    b = M^2 log(4 T / delta) / (2 epsilon^2), M the largest f of a mini-batch within the norms.
+    b = M^2 log(4 T / delta) / (2 epsilon^2), M a bound on f of a mini-batch within the norms: (2 b norm)^2 for a generalized
+    ReLU, min(outputs, norm^2 / 4) for sigmoid, min(4 outputs, 4 norm^2) for tanh; noisy (2 b norm + 1)^2 and 1; with an outer
+    layer (2 b^2 norm outer_norm)^2; norm + log 2 for ``binary_cross_entropy``, sqrt(2) norm + log(outputs) for
+    ``cross_entropy``.
 
     With probability 1 - 2 delta the iterate W_t of least f_t(W_t) then has f(W_t) <= f(W*) + 3 epsilon. (Algorithm 1 of the
     papers returns the last iterate instead, of which the theorem says nothing.) These are worst cases, far slower than what
@@ -228,10 +237,10 @@ def suggest(
         kappa = noisy_kappa(phi, norm) if noisy else layer_kappa(phi, norm, loss=loss, epsilon=epsilon, outputs=outputs)
     count = steps(kappa, 2 * norm if distance is None else distance, epsilon)
     largest = _largest_objective(phi, norm, loss, outputs, noisy, outer_norm) / epsilon
-    rows = _ceil("norm", largest * largest * math.log(4 * count / delta) / 2)
+    rows = _ceil("norm, epsilon", largest * largest * (math.log(4) + math.log(count) - math.log(delta)) / 2)
     if noisy:
         rows = max(rows, noisy_samples(phi, norm, epsilon=epsilon, delta=delta / count))
-    return Suggestion(epsilon / kappa, count, rows, kappa)
+    return Suggestion(_in_range("epsilon, kappa", epsilon / kappa), count, rows, kappa)
 
 
 def objective(
@@ -249,18 +258,24 @@ def objective(
     """
     code, phi = losses.code(loss), resolve(activation)
     weight, rows = _matrix("w", w), _matrix("x", x)
-    layers = [(_matrix("suffix", s), None if b is None else b.detach().double(), resolve(p)) for s, b, p in suffix]
+    if not isinstance(suffix, Sequence):
+        raise TypeError(f"suffix: expected a sequence of layers, got {type(suffix).__name__}")
+    layers = [_layer(layer) for layer in suffix]
     h = rows
     for s, b, p in [(weight, None, phi), *layers]:
         if s.shape[1] != h.shape[1]:
             raise ValueError(f"w, x, suffix: expected a weight with {h.shape[1]} inputs, got shape {tuple(s.shape)}")
         h = reference.layer_forward(h, s, b, p)
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
+    if not isinstance(target, Tensor) or not (target.is_floating_point() or target.dtype == torch.int64):
+        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target: expected a tensor of values or of class indices int64, got {got}")
     values = target[:, None] if target.is_floating_point() and target.ndim == 1 else target
     if values.shape != (h.shape if values.is_floating_point() else h.shape[:1]):
         raise ValueError(f"target: expected values {tuple(h.shape)} or one class index a row, got shape {tuple(target.shape)}")
     values = losses.as_values(values, h.shape[1], h.dtype)
+    if not values.isfinite().all():  # an index out of range has become a row of NaN
+        expected = "finite values" if target.is_floating_point() else f"class indices from 0 to {h.shape[1] - 1}"
+        raise ValueError(f"target: expected {expected}, got {target[~values.isfinite().all(dim=1)][0].tolist()}")
     gradient, _, _ = reference.layer_gradient(weight, None, rows, values, layers, phi, code)
     scale = 1 if loss == "cross_entropy" else h.shape[1]
     return scale * losses.value(code, h, values).item(), scale * gradient
@@ -294,7 +309,8 @@ def is_slqc(
     >>> is_slqc(torch.tensor([-1.0]), torch.tensor([1.0]), x, x, epsilon=0.5, kappa=2.0, activation="relu").holds
     False
     """
-    asked = _positive("epsilon", epsilon) / _positive("kappa", kappa)
+    epsilon = _positive("epsilon", epsilon)
+    asked = epsilon / _positive("kappa", kappa)
     start, star = _matrix("w", w), _matrix("w_star", w_star)
     if start.shape != star.shape:
         raise ValueError(f"w_star: expected the shape of w, {tuple(start.shape)}, got {tuple(star.shape)}")
@@ -313,12 +329,14 @@ def _largest_objective(phi: Activation, norm: float, loss: str, outputs: int, no
     if loss == "cross_entropy":
         return math.sqrt(2) * norm + math.log(outputs)
     if outer_norm is not None:
-        return (2 * _leaky(phi).b ** 2 * norm * _positive("outer_norm", outer_norm)) ** 2
+        length = 2 * _leaky(phi).b * phi.b * norm * _positive("outer_norm", outer_norm)
+        return length * length
     if phi.kind == "generalized_relu":
-        return (2 * phi.b * norm + noisy) ** 2  # |y - phi(<w*, x>)| <= 1 where noisy
+        length = 2 * phi.b * norm + noisy  # |y - phi(<w*, x>)| <= 1 where noisy
+        return length * length
     if phi.kind == "tanh":
-        return min(4.0 * outputs, 4 * norm**2)
-    return 1.0 if noisy else min(1.0 * outputs, norm**2 / 4)
+        return min(4.0 * outputs, 4 * norm * norm)
+    return 1.0 if noisy else min(1.0 * outputs, norm * norm / 4)
 
 
 def _activation(activation: Phi, loss: str) -> Activation:
@@ -336,20 +354,37 @@ def _leaky(activation: Phi) -> Activation:
     return phi
 
 
-def _positive(name: str, value: float | None, below: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number above 0 and below {below:g}, got {value!r}")
-    if not 0 < value < below:
-        raise ValueError(f"{name}: expected a number above 0 and below {below:g}, got {value!r}")
-    return float(value)
+def _number(name: str, value: object) -> float:
+    """As a float, which a whole number may be too large for; numpy's are numbers too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
-def _outputs(loss: str, outputs: int) -> int:
-    if isinstance(outputs, bool) or not isinstance(outputs, int):
+def _positive(name: str, value: object, below: float = math.inf) -> float:
+    number = _number(name, value)
+    if not 0 < number < below:
+        raise ValueError(f"{name}: expected a number above 0 and below {below:g}, got {number:g}")
+    return number
+
+
+def _in_range(names: str, value: float) -> float:
+    """A result, which is positive; ValueError where it came out as 0 or infinite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{names}: expected numbers of a usual size, with these a result came out as {value:g}")
+    return value
+
+
+def _outputs(loss: str, outputs: object) -> int:
+    if isinstance(outputs, bool) or not isinstance(outputs, numbers.Integral):
         raise TypeError(f"outputs: expected a whole number, got {outputs!r}")
-    if outputs < 1 or (loss == "binary_cross_entropy" and outputs > 1):
-        raise ValueError(f"outputs: expected at least 1, and for binary_cross_entropy 1, got {outputs}")
-    return outputs
+    count = int(outputs)
+    if count < 1 or (loss == "binary_cross_entropy" and count > 1):
+        raise ValueError(f"outputs: expected at least 1, and for binary_cross_entropy 1, got {count}")
+    return count
 
 
 def _ceil(name: str, value: float) -> int:
@@ -363,4 +398,23 @@ def _matrix(name: str, t: Tensor) -> Tensor:
         raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
     if t.ndim != 2 and (t.ndim != 1 or name == "x"):
         raise ValueError(f"{name}: expected a matrix, got shape {tuple(t.shape)}")
+    if t.numel() == 0:
+        raise ValueError(f"{name}: expected at least one row and one column, got shape {tuple(t.shape)}")
+    if not t.isfinite().all():
+        raise ValueError(f"{name}: expected finite numbers, got {t[~t.isfinite()][0].item()}")
     return (t[None] if t.ndim == 1 else t).detach().double()
+
+
+def _layer(layer: object) -> tuple[Tensor, Tensor | None, Activation]:
+    """A layer of a suffix."""
+    if not isinstance(layer, Sequence) or len(layer) != 3:
+        got = f"{len(layer)} items" if isinstance(layer, Sequence) else type(layer).__name__
+        raise TypeError(f"suffix: expected (weight, bias or None, activation) for each layer, got {got}")
+    weight, bias = _matrix("suffix", layer[0]), layer[1]
+    if bias is None:
+        return weight, None, resolve(layer[2])
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"suffix: expected a tensor or None as bias, got {type(bias).__name__}")
+    if bias.shape != weight.shape[:1] or not bias.isfinite().all():
+        raise ValueError(f"suffix: expected a finite bias ({len(weight)},), got shape {tuple(bias.shape)}")
+    return weight, bias.detach().double(), resolve(layer[2])

@@ -67,17 +67,23 @@ def test_libsvm_files_keep_zeros_and_number_their_classes_from_0(tmp_path, compr
         ("ccpp", "", "expected the header AT,V,AP,RH,PE, got nothing"),
         ("fires", FIRES, "expected at least one row"),
         ("vehicle", "9 8 van\n", "row 1: expected 19 columns, got 3"),
+        ("airfoil", "800\t0\t0.3\t1e39\t0.1\t126.2\n", "expected finite numbers, got 1e+39"),
+        ("ccpp", "AT,V,AP,RH,PE\n14,41,1024,73,inf\n", "expected finite numbers, got inf"),
+        ("ionosphere", f"{','.join(['1'] * 34)},x\n", "expected the classes b, g, got x"),
+        ("vehicle", f"{' '.join(['1'] * 18)} car\n", "expected the classes bus, opel, saab, van, got car"),
+        ("ccpp", f"AT,V,AP,RH,PE\n{'1' * 200_000},41,1024,73,463\n", "expected lines of text with 5 columns"),
+        ("ccpp", "AT,V,AP,RH,PE\n\udcff4,41,1024,73,463\n", "expected lines of text with 5 columns"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_file_is_refused_with_what_was_expected_and_what_came(tmp_path, name, content, says):
     file = TINY[name][0]
-    (tmp_path / file).write_text(content)
+    (tmp_path / file).write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=file) as caught:
         data_tables.load_table(name, tmp_path)
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["", "1 300:1\n", "not libsvm\n"])
+@pytest.mark.parametrize("content", ["", "1 300:1\n", "not libsvm\n", "1 1:nan\n", "1 1:1e39\n", "inf 1:1\n"])
 def test_a_wrong_libsvm_file_is_refused_by_name(tmp_path, content):
     pytest.importorskip("sklearn")
     (tmp_path / "usps").write_text(content)

@@ -7,6 +7,7 @@ that are one, and epsilon from a millionth of the gap f(W) - f(W*) to nearly all
 import doctest
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -157,6 +158,86 @@ def test_suggest_is_theorem_8():
     assert inner.kappa == theory.inner_kappa(leaky(0.5), 1.0, 1.0, epsilon=9.0)
     softmax = theory.suggest("identity", loss="cross_entropy", epsilon=0.1, norm=1.0, outputs=10)
     assert softmax.kappa == theory.layer_kappa("identity", loss="cross_entropy", epsilon=0.1, outputs=10)
+
+
+def bound_of(phi, norm, **setting):
+    """M of Theorem 8, from the rows of a mini-batch that `suggest` asks for; delta near 1 leaves `noisy_samples` small."""
+    epsilon, delta = 1e-4 * norm, 1 - 1e-12
+    got = theory.suggest(phi, epsilon=epsilon, norm=norm, kappa=1.0, distance=0, delta=delta, **setting)
+    assert got.steps == 1
+    return epsilon * math.sqrt(2 * got.batch_size / math.log(4 / delta))
+
+
+@pytest.mark.parametrize(
+    ("phi", "setting", "expected"),
+    [
+        (leaky(0.5, 2.0), {}, (2 * 2 * 3) ** 2),
+        (leaky(0.5, 2.0), {"outputs": 5}, (2 * 2 * 3) ** 2),
+        (leaky(0.0, 2.0), {}, (2 * 2 * 3) ** 2),
+        (leaky(0.5, 2.0), {"noisy": True}, (2 * 2 * 3 + 1) ** 2),
+        (leaky(0.5, 2.0), {"outer_norm": 0.7}, (2 * 4 * 3 * 0.7) ** 2),
+        ("sigmoid", {"outputs": 2}, 2),
+        ("sigmoid", {"outputs": 4}, 9 / 4),
+        ("tanh", {"outputs": 8}, 32),
+        ("tanh", {"outputs": 20}, 36),
+        ("identity", {"loss": "binary_cross_entropy"}, 3 + math.log(2)),
+        ("identity", {"loss": "cross_entropy", "outputs": 10}, 3 * math.sqrt(2) + math.log(10)),
+    ],
+)  # fmt: skip
+def test_mini_batches_come_from_the_documented_bound(phi, setting, expected):
+    assert bound_of(phi, 3.0, **setting) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_bound_of_the_noisy_sigmoid_is_1():
+    assert bound_of("sigmoid", 0.1, noisy=True) == pytest.approx(1, rel=1e-6)
+
+
+@MANY
+@given(layers(), slopes | st.sampled_from([leaky(0.0), Activation.SIGMOID, Activation.TANH]))
+def test_no_idealized_objective_exceeds_the_bound(case, phi):
+    w, w_star, x, norm = case
+    value, _ = theory.objective(w, x, idealized(w_star, x, phi), activation=phi)
+    assert value <= bound_of(phi, norm, outputs=len(w)) * (1 + 1e-6)
+
+
+@MANY
+@given(layers(widest=1, largest_norm=5.0), slopes | st.just(Activation.SIGMOID), st.sampled_from([0.0, 1.0]))
+def test_no_noisy_objective_exceeds_the_bound(case, phi, label):
+    w, w_star, x, norm = case
+    x = x * torch.where(x @ w_star.t() < 0, -1, 1)
+    mean = idealized(w_star, x, phi)
+    assume(mean.max() <= 1)
+    value, _ = theory.objective(w, x, torch.full_like(mean, label), activation=phi)
+    assert value <= bound_of(phi, norm, noisy=True) * (1 + 1e-6)
+
+
+@MANY
+@given(layers(widest=3, largest_norm=3.0), slopes, st.integers(1, 3), st.floats(0.01, 3.0), st.integers(0, 2**31))
+def test_no_objective_of_an_inner_layer_exceeds_the_bound(case, phi, n_last, outer_norm, seed):
+    w, w_star, x, norm = case
+    outer = outer_norm * direction(torch.Generator().manual_seed(seed), n_last, len(w))
+    target = idealized(outer, idealized(w_star, x, phi), phi)
+    value, _ = theory.objective(w, x, target, activation=phi, suffix=[(outer, None, phi)])
+    assert value <= bound_of(phi, norm, outer_norm=outer_norm) * (1 + 1e-6)
+
+
+@MANY
+@given(layers(), st.integers(0, 3), st.sampled_from(["binary_cross_entropy", "cross_entropy"]))
+def test_no_cross_entropy_exceeds_the_bound(case, label, loss):
+    w, _, x, norm = case
+    w = w[:1] if loss == "binary_cross_entropy" else w
+    target = torch.full((len(x), 1), float(label % 2)) if len(w) == 1 else torch.full((len(x),), label % len(w))
+    if loss == "cross_entropy" and len(w) == 1:
+        target = torch.zeros(len(x), dtype=torch.int64)
+    value, _ = theory.objective(w, x, target, activation="identity", loss=loss)
+    assert value <= bound_of("identity", norm, loss=loss, outputs=len(w)) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64], ids=str)
+def test_numbers_of_numpy_are_numbers(number):
+    assert theory.steps(number(3), number(2), number(1)) == 36
+    got = theory.suggest("identity", loss="cross_entropy", epsilon=number(1), norm=number(2), outputs=np.int64(3))
+    assert got == theory.suggest("identity", loss="cross_entropy", epsilon=1.0, norm=2.0, outputs=3)
 
 
 # What holds.
@@ -405,6 +486,11 @@ def test_theorems_4_and_5_hold_only_where_they_say_nothing(case, phi, n_last, se
 # Errors.
 
 ONE, WIDE = torch.ones(1, 1), [(torch.ones(1, 2), None, "relu")]
+NAN, TINY, HUGE = torch.tensor([[math.nan]]), 5e-324, 1e200
+
+
+def value_of(w=ONE, x=ONE, target=ONE, suffix=(), **setting):
+    return theory.objective(w, x, target, suffix=suffix, **{"activation": "identity", **setting})
 
 
 @pytest.mark.parametrize(
@@ -436,6 +522,38 @@ ONE, WIDE = torch.ones(1, 1), [(torch.ones(1, 2), None, "relu")]
         ("suffix", ValueError, lambda: theory.objective(ONE, ONE, ONE, activation="relu", suffix=WIDE)),
         ("target", ValueError, lambda: theory.objective(ONE, ONE, torch.ones(2), activation="relu")),
         ("target", TypeError, lambda: theory.objective(ONE, ONE, 1.0, activation="relu")),
+        ("target", ValueError, lambda: value_of(target=torch.tensor([1]), loss="cross_entropy")),
+        ("target", ValueError, lambda: value_of(target=torch.tensor([-1]), loss="cross_entropy")),
+        ("target", TypeError, lambda: value_of(target=torch.tensor([True]), loss="cross_entropy")),
+        ("target", TypeError, lambda: value_of(target=torch.tensor([0], dtype=torch.int32), loss="cross_entropy")),
+        ("target", ValueError, lambda: value_of(target=NAN)),
+        ("w", ValueError, lambda: value_of(w=NAN)),
+        ("x", ValueError, lambda: value_of(x=NAN)),
+        ("x", ValueError, lambda: value_of(x=torch.ones(0, 1), target=torch.ones(0, 1))),
+        ("w", ValueError, lambda: value_of(w=torch.ones(0, 1), target=torch.ones(1, 0))),
+        ("suffix", ValueError, lambda: value_of(suffix=[(ONE, torch.ones(2), "relu")])),
+        ("suffix", ValueError, lambda: value_of(suffix=[(ONE, NAN[0], "relu")])),
+        ("suffix", TypeError, lambda: value_of(suffix=[(ONE, [1.0], "relu")])),
+        ("suffix", TypeError, lambda: value_of(suffix=[(ONE, "relu")])),
+        ("suffix", TypeError, lambda: value_of(suffix=[ONE])),
+        ("suffix", TypeError, lambda: value_of(suffix=None)),
+        ("distance", TypeError, lambda: theory.steps(1.0, None, 0.1)),
+        ("distance", TypeError, lambda: theory.steps(1.0, False, 0.1)),
+        ("distance", ValueError, lambda: theory.steps(1.0, math.nan, 0.1)),
+        ("epsilon", ValueError, lambda: theory.steps(1.0, 1.0, TINY)),
+        ("epsilon", ValueError, lambda: theory.layer_kappa("identity", loss="binary_cross_entropy", epsilon=TINY)),
+        ("epsilon", ValueError, lambda: theory.sharp_kappa(leaky(4.0, 4.0), epsilon=TINY)),
+        ("epsilon", ValueError, lambda: theory.noisy_samples("leaky_relu", 1.0, epsilon=TINY, delta=0.1)),
+        ("epsilon", ValueError, lambda: theory.suggest("leaky_relu", epsilon=TINY, norm=1.0)),
+        ("epsilon", ValueError, lambda: theory.suggest("leaky_relu", epsilon=TINY, norm=1.0, distance=0, kappa=1.0)),
+        ("kappa", ValueError, lambda: theory.suggest("leaky_relu", epsilon=1.0, norm=1.0, kappa=TINY)),
+        ("norm", ValueError, lambda: theory.layer_kappa(leaky(TINY), 1.0)),
+        ("norm", ValueError, lambda: theory.layer_kappa("relu", 10**400)),
+        ("norm", ValueError, lambda: theory.inner_kappa(leaky(0.5), HUGE, HUGE, epsilon=0.1)),
+        ("norm", ValueError, lambda: theory.inner_kappa(leaky(0.5), TINY, TINY, epsilon=0.1)),
+        ("norm", ValueError, lambda: theory.noisy_kappa(leaky(TINY), 1.0)),
+        ("norm", ValueError, lambda: theory.suggest("leaky_relu", epsilon=1.0, norm=HUGE, distance=1.0, kappa=1.0)),
+        ("norm", ValueError, lambda: theory.suggest("tanh", epsilon=1e-200, norm=HUGE, distance=0, kappa=1.0)),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(name, error, call):

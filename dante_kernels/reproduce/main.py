@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import plots, report, summary
+from . import plots, problems, report, summary
 from .experiments import EXPERIMENTS, Scale
+from .problems import Lack
 from .runs import Row
-from .search import Case, Store, complete, workers
-
-RUNS = "runs.jsonl"
+from .search import Case, Store, complete, only_one, workers
 
 
 def reproduce(
@@ -35,26 +35,32 @@ def reproduce(
 
     Raises:
         ValueError: for an unknown name.
-        OSError: where the folder cannot be written to.
-        MissingExtraError: where matplotlib is not installed.
+        OSError: where the folder cannot be written to, or another run writes into it.
+        MissingExtraError: where matplotlib is needed and not installed, before anything is trained.
     """
     if name != "all" and name not in EXPERIMENTS:
         raise ValueError(f"experiment: expected all or one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    chosen = {each: EXPERIMENTS[each](Scale(full)) for each in (EXPERIMENTS if name == "all" else (name,))}
+    if any(experiment.picture for experiment in chosen.values()):
+        plots.ready()
     output.mkdir(parents=True, exist_ok=True)
-    store = Store(output / RUNS)
     done = []
 
-    def complete_one(each: str, cases: tuple[Case, ...]) -> dict[tuple[str, int], str]:
+    def complete_one(each: str, store: Store, cases: tuple[Case, ...]) -> dict[tuple[str, int], Lack]:
         return complete(list(cases), store, run, directory, lambda line: say(f"{each}: {line}"))
 
-    with workers(jobs, directory) as run:
-        for each in EXPERIMENTS if name == "all" else (name,):
-            experiment = EXPERIMENTS[each](Scale(full))
-            absent = complete_one(each, experiment.cases)
+    with only_one(output) as path, workers(jobs, directory) as run:
+        store = Store(path)
+        for each, experiment in chosen.items():
+            experiment = replace(
+                experiment,
+                cases=tuple(replace(case, spec=problems.as_there(case.spec, directory)) for case in experiment.cases),
+            )
+            absent = complete_one(each, store, experiment.cases)
             found = summary.summarise(experiment, full, store, absent)
             (output / f"{each}.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
             plots.draw(found, output / "reproduction")
             done.append(found)
-    page = output / ("reproduction.md" if name == "all" else f"{name}.md")
-    page.write_text(report.page(name, done), encoding="utf-8")
+        page = output / ("reproduction.md" if name == "all" else f"{name}.md")
+        page.write_text(report.page(name, done), encoding="utf-8")
     return page, done

@@ -17,6 +17,15 @@ OTHERS = ("#D55E00", "#CC79A7", "#E69F00", "#555555", "#882255", "#44AA99", "#99
 PANELS = ((2, "training loss"), (4, "test accuracy"), (3, "test loss"))  # places in a curve's points
 
 
+def ready() -> Any:
+    """matplotlib.
+
+    Raises:
+        MissingExtraError: where it is not installed.
+    """
+    return require("matplotlib", "bench", "drawing the pictures")
+
+
 def draw(summary: Row, folder: Path) -> Path | None:
     """Draw what the summary has a picture for, as NAME.png in the folder; None where nothing was trained.
 
@@ -26,8 +35,7 @@ def draw(summary: Row, folder: Path) -> Path | None:
     cases = [case for case in summary["cases"] if case["methods"] and not case["speed_only"]]
     if summary["picture"] is None or not cases:
         return None
-    matplotlib = require("matplotlib", "bench", "drawing the pictures")
-    matplotlib.use("Agg")
+    ready().use("Agg")
     figure = _KINDS[summary["picture"]](cases)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{summary['name']}.png"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,15 @@ from ..data_tables import Table
 # With 53 rows of Ionosphere (15 %) and 81 of the 300 of SVMGuide4 the published accuracies are whole numbers of rows.
 TEST_ROWS = {"ionosphere": 53, "svmguide4": 81, "vehicle": 127}
 HELD_OUT = 0.15  # of the training rows, for choosing the rate
+KMNIST_ROWS = 7000  # of the part of KMNIST in these files
 KMNIST_PART = ("train-first7000-images-idx3-ubyte.gz", "train-first7000-labels-idx1-ubyte.gz", *data.FILES[2:])
+
+
+class Lack(NamedTuple):
+    """Why a problem cannot be had, in a line, and whether there are files which are wrong."""
+
+    reason: str
+    damaged: bool
 
 
 class Problem(NamedTuple):
@@ -96,16 +105,17 @@ def load(spec: Spec, directory: Path | None) -> Problem:
 
 
 @functools.cache
-def why_absent(spec: Spec, directory: Path | None) -> str | None:
-    """Why this problem cannot be had here, in a line; None where it can."""
+def lack(spec: Spec, directory: Path | None) -> Lack | None:
+    """Why this problem cannot be had here; None where it can. Files that are there and cannot be read count as damaged."""
     try:
         load(spec, directory)
-    except (OSError, ValueError, ImportError) as error:
-        place = str(directory or os.environ.get(data.CACHE_VARIABLE) or "")
-        text = str(error)
+    except Exception as error:  # a file may be wrong in any way, and must not end all other trainings
+        place = directory or os.environ.get(data.CACHE_VARIABLE)
+        text = str(error) or type(error).__name__
         if place:  # a page must not depend on where it was made
-            text = text.replace(f"{place}/", "").replace(place, "DIR")
-        return " ".join(text.split())
+            pattern = rf"(?<![\w./-]){re.escape(str(Path(place)))}(/|(?![\w./-]))"
+            text = re.sub(pattern, lambda match: "" if match[1] else "DIR", text)
+        return Lack(" ".join(text.split()), damaged=not isinstance(error, FileNotFoundError | data.FetchError))
     return None
 
 
@@ -123,6 +133,23 @@ def for_search(problem: Problem, split: int) -> Problem:
     return problem._replace(x=x, y=y, x_test=x_test, y_test=y_test, labels=labels, labels_test=labels_test)
 
 
+def as_there(spec: Spec, directory: Path | None) -> Spec:
+    """The spec that names as many training rows as there are, where the files may be a part of the data set.
+
+    So a training on this part is another one than on the whole.
+    """
+    if spec.data == "kmnist" and (spec.rows is None or spec.rows > KMNIST_ROWS) and _kmnist_part_in(directory):
+        return replace(spec, rows=KMNIST_ROWS)
+    return spec
+
+
+def _kmnist_part_in(directory: Path | None) -> Path | None:
+    """The folder with the first images of KMNIST, where these are all there is."""
+    folder = Path(directory or os.environ.get(data.CACHE_VARIABLE) or os.devnull) / "kmnist"
+    there = (folder / KMNIST_PART[0]).exists() and not any((folder / n).exists() for n in (data.FILES[0], data.FILES[0][:-3]))
+    return folder if there else None
+
+
 def _folder(spec: Spec, directory: Path | None) -> Path:
     folder = directory or os.environ.get(data.CACHE_VARIABLE)
     if not folder:
@@ -134,10 +161,8 @@ def _pictures(spec: Spec, directory: Path | None) -> data.Dataset:
     if spec.data == "digits":
         return data.load("digits")
     folder = None if directory is None else directory / spec.data
-    if spec.data == "kmnist":
-        known = folder or Path(os.environ.get(data.CACHE_VARIABLE) or os.devnull) / "kmnist"
-        if not (known / data.FILES[0]).exists() and (known / KMNIST_PART[0]).exists():
-            return _kmnist_part(known)
+    if spec.data == "kmnist" and (known := _kmnist_part_in(directory)):
+        return _kmnist_part(known)
     return data.load(spec.data, folder)
 
 
@@ -163,7 +188,10 @@ def _from_table(spec: Spec, table: Table) -> Problem:
     x, y, x_test, y_test = table.x, table.y, table.x_test, table.y_test
     if spec.data in TEST_ROWS or x_test is None or y_test is None:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(spec.split))
-        count = TEST_ROWS.get(spec.data, round(len(x) / 5))
+        count = TEST_ROWS.get(spec.data, max(1, round(len(x) / 5)))
+        if len(x) < count + 2:  # the least of which there is a standard deviation
+            file = data_tables.FILES[spec.data][0]
+            raise ValueError(f"{file}: expected at least {count + 2} rows, {count} of them for testing, got {len(x)}")
         judged, kept = order[:count], order[count:]
         x, y, x_test, y_test = x[kept], y[kept], x[judged], y[judged]
     x, y, x_test, y_test = x[: spec.rows], y[: spec.rows], x_test[: spec.test_rows], y_test[: spec.test_rows]

@@ -24,6 +24,7 @@ from .. import activations
 from .problems import Problem
 
 Row = dict[str, Any]
+METRICS = ("test_loss", "test_accuracy", "svm_accuracy", "train_loss", "baseline", "seconds", "weights_updated")  # of a row
 EVALUATED = 5000  # rows that go through the network at once
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": F.mse_loss,

@@ -1,9 +1,10 @@
 """Choosing a rate for every method in the same way, and running many trainings side by side, so that a broken run goes on.
 
 The rates are 1 and 3 times the powers of ten. A search tries some around the method's start on one seed, trained on a part of
-the training rows and judged on the rest of them, and goes on at the edge while the best lies there. The final trainings use
-the chosen rate on all training rows, other seeds, and are judged on the test rows. What to do next is computed from the rows
-that are there, so a second start goes on where the first one ended.
+the training rows and judged on the rest of them, and goes on at the edge while the best lies there. The best is tried on a
+second seed and then counts by the worse of both, until the best is one that was tried on both: one seed alone often chooses a
+rate at the edge of stability. The final trainings use the chosen rate on all training rows, other seeds, and are judged on
+the test rows. What to do next is computed from the rows that are there, so a second start goes on where the first one ended.
 """
 
 from __future__ import annotations
@@ -25,9 +26,16 @@ import dante_kernels as dk
 
 from . import probes, problems
 from .problems import Spec
-from .runs import Method, Row, train
+from .runs import METRICS, Method, Row, train
 
-SEARCH_SEED = 0
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+SEARCH_SEEDS = (0, 1000)  # no final training has one of them
+RUNS = "runs.jsonl"
+NEEDED = {"job", "method", "made_by", "status", *METRICS} - {"svm_accuracy"}  # of every row of a file
 POINTS = 25  # of a curve that are kept in a row
 
 
@@ -149,21 +157,60 @@ def thinned(points: list[Any]) -> list[Any]:
     return [points[round(i * (len(points) - 1) / (POINTS - 1))] for i in range(POINTS)]
 
 
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[Path]:
+    """The path of the rows' file in this folder, while no other process has the folder, where the platform can tell.
+
+    Raises:
+        BlockingIOError: where another run has it.
+    """
+    path = folder / RUNS
+    with open(path, "ab") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BlockingIOError(f"{folder}: another run is writing into this folder") from error
+            except OSError:  # a file system without locks
+                pass
+        yield path
+
+
+def _row(line: str) -> Row | None:
+    """The row of a line; None where it is none, or lacks what pages are made of."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    job = row.get("job") if isinstance(row, dict) else None
+    if not isinstance(job, dict):
+        return None
+    needed = NEEDED | ({"curve"} if job.get("part") == "final" else set())
+    if job.get("probe") == "svm" and row.get("status") == "done":
+        needed |= {"svm_accuracy"}
+    return row if needed <= row.keys() else None
+
+
 class Store:
     """Rows by their jobs' keys, in a file of one JSON object a line that only grows.
 
     Args:
-        path: the file; its rows are read where it exists. A last line that was cut short, or one that is no row, is passed
-            over and its job is done again.
+        path: the file; its rows are read where it exists. A last line that was cut short, or one that is no row or lacks a
+            part of one, is passed over and its job is done again.
+
+    Raises:
+        ValueError: where the file is no text; names it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[str, Row] = {}
-        content = path.read_text(encoding="utf-8") if path.exists() else ""
-        for line in content.splitlines():
-            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-                row = json.loads(line)
+        try:
+            content = path.read_text(encoding="utf-8") if path.exists() else ""
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected a text in UTF-8 with a row a line, got another file ({error})") from error
+        for row in map(_row, content.splitlines()):
+            if row is not None:
                 self.rows[_key(row["job"])] = row
         self.cut = bool(content) and not content.endswith("\n")
 
@@ -205,19 +252,24 @@ class Search:
         if self.case.speed_only:
             return self._missing([self.job(first, seed, "final") for seed in self.seeds], rows), first, False
         half = self.case.rates // 2
-        tried = list(range(first - half, first - half + self.case.rates))
+        tried = range(first - half, first - half + self.case.rates)
+        asked = [(index, SEARCH_SEEDS[0]) for index in tried]
         while True:
-            jobs = {index: self.job(index, SEARCH_SEED, "search") for index in tried}
+            jobs = {each: self.job(*each, "search") for each in asked}
             if missing := self._missing(jobs.values(), rows):
                 return missing, None, False
-            best = min(tried, key=lambda index: (_badness(rows[jobs[index].key]), index))
-            edge = best in (min(tried), max(tried))
-            if not edge or len(tried) >= self.case.most:
-                break
-            tried.append(best - 1 if best == min(tried) else best + 1)
-        if not math.isfinite(_badness(rows[jobs[best].key])):
-            return [], None, False
-        return self._missing([self.job(best, seed, "final") for seed in self.seeds], rows), best, edge
+            worst = {i: max(_badness(rows[job.key]) for (j, _), job in jobs.items() if j == i) for i in tried}
+            best = min(tried, key=lambda index: (worst[index], index))
+            edge = best in (tried[0], tried[-1])
+            if edge and len(tried) < self.case.most:
+                asked.append((best - 1 if best == tried[0] else best + 1, SEARCH_SEEDS[0]))
+                tried = range(min(tried[0], asked[-1][0]), max(tried[-1], asked[-1][0]) + 1)
+            elif not math.isfinite(worst[best]):
+                return [], None, False
+            elif (best, SEARCH_SEEDS[1]) not in asked:
+                asked.append((best, SEARCH_SEEDS[1]))
+            else:
+                return self._missing([self.job(best, seed, "final") for seed in self.seeds], rows), best, edge
 
     @staticmethod
     def _missing(jobs: Iterable[Job], rows: dict[str, Row]) -> list[Job]:
@@ -274,23 +326,23 @@ def _begin_worker() -> None:
 
 def complete(
     cases: list[Case], store: Store, run: Runner, directory: Path | None, say: Callable[[str], Any]
-) -> dict[tuple[str, int], str]:
+) -> dict[tuple[str, int], problems.Lack]:
     """Do all trainings of these cases that are not in the store yet.
 
     Returns:
-        Why there is no data for a case and split; without these, all rows are there afterwards.
+        Why there is no data for a case and split, or none that can be read; without these, all rows are there afterwards.
     """
     every = [search for case in cases for search in searches(case)]
-    absent: dict[tuple[str, int], str] = {}
+    absent: dict[tuple[str, int], problems.Lack] = {}
     while True:
         wanted: dict[str, Job] = {}
         for search in every:
             if (search.case.name, search.split) in absent:
                 continue
             jobs = search.state(store.rows)[0]
-            reason = problems.why_absent(jobs[0].spec, directory) if jobs else None
-            if reason is not None:
-                absent[search.case.name, search.split] = reason
+            lack = problems.lack(jobs[0].spec, directory) if jobs else None
+            if lack is not None:
+                absent[search.case.name, search.split] = lack
                 continue
             wanted |= {job.key: job for job in jobs}
         if not wanted:

@@ -6,20 +6,22 @@ import statistics
 
 from . import published
 from .experiments import PAIRS, Experiment
-from .runs import Row
-from .search import Case, Search, Store, rate_of
+from .problems import Lack
+from .runs import METRICS, Row
+from .search import SEARCH_SEEDS, Case, Search, Store, rate_of
 
-METRICS = ("test_loss", "test_accuracy", "svm_accuracy", "train_loss", "baseline", "seconds", "weights_updated")
+# "level" is within the spread of the difference over the seeds, whichever is ahead; a single seed has no spread.
+VERDICTS = ("yes", "level", "no", "one seed", "no verdict", "no comparison")
 
 
-def summarise(experiment: Experiment, full: bool, store: Store, absent: dict[tuple[str, int], str]) -> Row:
+def summarise(experiment: Experiment, full: bool, store: Store, absent: dict[tuple[str, int], Lack]) -> Row:
     """All that a page says of an experiment.
 
     Args:
         experiment: with its cases.
         full: the scale.
         store: the rows.
-        absent: why there is no data for a case and split, from `search.complete`.
+        absent: why there is no data for a case and split, or none that can be read, from `search.complete`.
     """
     cases = [_case(experiment, case, store, absent) for case in experiment.cases]
     return {
@@ -36,8 +38,9 @@ def summarise(experiment: Experiment, full: bool, store: Store, absent: dict[tup
     }
 
 
-def _case(experiment: Experiment, case: Case, store: Store, absent: dict[tuple[str, int], str]) -> Row:
+def _case(experiment: Experiment, case: Case, store: Store, absent: dict[tuple[str, int], Lack]) -> Row:
     why = next((absent[case.name, split] for split in case.splits if (case.name, split) in absent), None)
+    methods = [] if why else [_method(experiment.name, case, index, store) for index in range(len(case.methods))]
     return {
         "name": case.name,
         "title": case.title,
@@ -46,8 +49,10 @@ def _case(experiment: Experiment, case: Case, store: Store, absent: dict[tuple[s
         "epochs": case.epochs,
         "batch": case.batch,
         "speed_only": case.speed_only,
-        "absent": why,
-        "methods": [] if why else [_method(experiment.name, case, index, store) for index in range(len(case.methods))],
+        "absent": why and why.reason,
+        "damaged": why is not None and why.damaged,
+        "nothing_learnt": nothing_learnt(methods),
+        "methods": methods,
     }
 
 
@@ -86,39 +91,77 @@ def _method(experiment: str, case: Case, index: int, store: Store) -> Row:
 def _first_note(case: Case, index: int, store: Store) -> str:
     """Why no rate of a search could be trained with, where it was no divergence."""
     search = Search(case, case.methods[index], case.splits[0])
-    rows = (store.rows.get(search.job(i, 0, "search").key, {}) for i in range(-40, 40))
+    rows = (store.rows.get(search.job(i, seed, "search").key, {}) for i in range(-40, 40) for seed in SEARCH_SEEDS)
     return next((row["note"] for row in rows if "note" in row), "")
 
 
+def nothing_learnt(methods: list[Row]) -> bool:
+    """Whether no method beats answering with the mean by more than the spread of the difference over its seeds.
+
+    A figure says nothing of the methods then. False where the target holds classes, for which there is no such answer.
+    """
+    differences = []
+    for method in methods:
+        losses, baselines = method["values"]["test_loss"], method["values"]["baseline"]
+        if losses and not baselines:
+            return False
+        differences.append([base - loss for base, loss in zip(baselines, losses, strict=True)])
+    known = [each for each in differences if each]
+    return bool(known) and not any(statistics.fmean(each) > _spread(each) for each in known)
+
+
+def _spread(values: list[float]) -> float:
+    """0 of a single one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def _claim(metric: str, case: Row, ours: str, theirs: str) -> Row | None:
-    """Whether DANTE is at least as good as its SGD in the experiment's metric: the mean, and seed by seed."""
+    """Whether DANTE is at least as good as its SGD in the experiment's metric: the mean, and seed by seed.
+
+    ``verdict`` is one of `VERDICTS`; None where the case has not both methods or no quality.
+    """
     by_name = {method["method"]: method for method in case["methods"]}
     if case["speed_only"] or ours not in by_name or theirs not in by_name:
         return None
-    a, b = by_name[ours]["values"][metric], by_name[theirs]["values"][metric]
-    if not a or len(a) != len(b):
-        return None
-    sign = 1 if metric == "test_loss" else -1
-    gains = [sign * (y - x) for x, y in zip(a, b, strict=True)]
-    return {
+    claim: Row = {
         "metric": metric,
         "case": case["name"],
         "title": case["title"],
         "net": case["net"],
         "dante": ours,
         "sgd": theirs,
+    }
+    undone = [f"{name} {by_name[name]['status']}" for name in (ours, theirs) if by_name[name]["status"] != "done"]
+    if undone:
+        empty = dict.fromkeys(("means", "gain", "spread", "seeds", "not_worse"))
+        return claim | empty | {"verdict": "no comparison", "why": " and ".join(undone)}
+    a, b = by_name[ours]["values"][metric], by_name[theirs]["values"][metric]
+    sign = 1 if metric == "test_loss" else -1
+    gains = [sign * (y - x) for x, y in zip(a, b, strict=True)]
+    gain = statistics.fmean(gains)
+    if case["nothing_learnt"]:
+        verdict = "no verdict"
+    elif len(gains) == 1:
+        verdict = "one seed"
+    else:
+        verdict = "level" if abs(gain) <= _spread(gains) else "yes" if gain > 0 else "no"
+    return claim | {
         "means": [statistics.fmean(a), statistics.fmean(b)],
-        "gain": statistics.fmean(gains),
-        "spread": statistics.stdev(gains) if len(gains) > 1 else None,
+        "gain": gain,
+        "spread": _spread(gains) if len(gains) > 1 else None,
         "seeds": len(gains),
         "not_worse": sum(gain >= 0 for gain in gains),
-        "holds": statistics.fmean(gains) >= 0,
+        "verdict": verdict,
+        "why": {"no verdict": "nothing learnt", "one seed": "ahead" if gain > 0 else "behind" if gain < 0 else "equal"}.get(
+            verdict, ""
+        ),
     }
 
 
 def failures(summary: Row) -> list[str]:
     """What went wrong in an experiment, other than absent data and rates that were too high."""
-    return [
+    damaged = [f"{case['title']} {case['net']}: {case['absent']}" for case in summary["cases"] if case["damaged"]]
+    return damaged + [
         f"{case['title']} {case['net']}, {method['title']}: {method['note']}"
         for case in summary["cases"]
         for method in case["methods"]

@@ -8,6 +8,7 @@ import torch
 from support_reproduce import blobs, write_ccpp
 from test_data import idx_bytes, small_arrays, write_files
 
+from dante_kernels import data
 from dante_kernels.reproduce import probes, problems, runs
 from dante_kernels.reproduce.problems import Spec
 
@@ -77,6 +78,33 @@ def test_pictures_show_one_test_row_of_each_class():
     expected = (problem.x_test[[1, 0, 3]].clamp(0, 1) * 255).round().int().tolist()
     assert [probes.pixels_of(text) for text in shown["originals"]] == expected
     assert shown["reconstructions"] == shown["originals"]
+
+
+@pytest.mark.parametrize(("name", "rows", "least"), [("ionosphere", 54, 55), ("ionosphere", 3, 55), ("airfoil", 2, 3)])
+def test_a_table_without_rows_to_train_on_is_refused_with_its_file_and_counts(tmp_path, name, rows, least):
+    file, columns, separator, end = {
+        "ionosphere": ("ionosphere.data", 34, ",", ",g"), "airfoil": ("airfoil_self_noise.dat", 5, "\t", "\t1"),
+    }[name]  # fmt: skip
+    line = separator.join(["0.5"] * columns) + end + "\n"
+    (tmp_path / file).write_text(line * rows)
+    with pytest.raises(ValueError, match=rf"^{file}: expected at least {least} rows, \d+ of them for testing, got {rows}$"):
+        problems.load(Spec(name), tmp_path)
+    (tmp_path / file).write_text(line * least)
+    assert len(problems.load(Spec(name), tmp_path).x) == 2
+
+
+def test_only_what_is_not_there_is_absent(tmp_path, monkeypatch):
+    assert not problems.lack(Spec("mnist"), tmp_path).damaged
+    assert not problems.lack(Spec("ccpp"), tmp_path).damaged
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / data.FILES[0]).write_bytes(b"no gzip file")
+    assert not problems.lack(Spec("mnist"), tmp_path / "mnist" / "..").damaged  # the others are missing
+    write_files(tmp_path / "kmnist", small_arrays())
+    (tmp_path / "kmnist" / data.FILES[0]).write_bytes(b"no gzip file")
+    assert problems.lack(Spec("kmnist"), tmp_path) == (
+        f"kmnist/{data.FILES[0]}: expected a whole gzip file, got one that cannot be unpacked (Not a gzipped file (b'no'))",
+        True,
+    )
 
 
 @pytest.mark.parametrize("autoencoder", [False, True])

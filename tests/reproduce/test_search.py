@@ -14,17 +14,22 @@ from dante_kernels.reproduce.search import Search, Store
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def search_with(losses, case=TINY, final=0.5):
-    """A search in which the rate of each index has a loss; (the indices tried, the chosen one, whether at the edge)."""
-    found, rows = Search(case, experiments.FOUR[0], 0), {}
+def search_with(losses, case=TINY, again=None):
+    """A search in which the rate of each index has a loss, with the second seed that of `again`.
+
+    (the indices tried with the first seed, the chosen one, whether at the edge, those tried with the second, in order).
+    """
+    found, rows, tried = Search(case, experiments.FOUR[0], 0), {}, {seed: [] for seed in search.SEARCH_SEEDS}
     while True:
         jobs, chosen, edge = found.state(rows)
         if not jobs:
-            tried = sorted(i for i in range(-20, 20) if found.job(i, 0, "search").key in rows)
-            return tried, chosen, edge
+            return sorted(tried[0]), chosen, edge, tried[search.SEARCH_SEEDS[1]]
         for job in jobs:
             index = next(i for i in range(-20, 20) if search.rate_of(i) == job.rate)
-            rows[job.key] = fake(job, losses(index) if job.part == "search" else final)
+            if job.part == "search":
+                tried[job.seed].append(index)
+            losses_of = again if again and job.seed != 0 else losses
+            rows[job.key] = fake(job, losses_of(index) if job.part == "search" else 0.5)
 
 
 # The search
@@ -35,19 +40,39 @@ def test_rates_are_1_and_3_times_powers_of_ten():
 
 
 def test_the_rate_with_the_least_held_out_loss_is_chosen():
-    assert search_with(lambda i: abs(i + 2)) == ([-3, -2, -1], -2, False)
+    assert search_with(lambda i: abs(i + 2)) == ([-3, -2, -1], -2, False, [-2])
 
 
 @pytest.mark.parametrize(("best", "tried"), [(-4, [-5, -4, -3, -2, -1]), (0, [-3, -2, -1, 0, 1])])
 def test_a_search_goes_on_while_the_best_stands_at_the_edge(best, tried):
-    assert search_with(lambda i: abs(i - best), replace(TINY, most=6)) == (tried, best, False)
+    assert search_with(lambda i: abs(i - best), replace(TINY, most=6)) == (tried, best, False, [best])
     assert search_with(lambda i: abs(i - best), replace(TINY, most=4))[2] is True
 
 
 def test_rates_that_diverge_are_never_chosen():
     assert search_with(lambda i: None if i > -3 else -i)[1] == -3
-    tried, chosen, _ = search_with(lambda i: None)
-    assert (tried, chosen) == ([-4, -3, -2, -1], None)
+    assert search_with(lambda i: None) == ([-4, -3, -2, -1], None, False, [])
+
+
+@pytest.mark.parametrize("bad", [9.0, None])
+def test_a_rate_counts_by_the_worse_of_two_seeds(bad):
+    """-2 is the best with the first seed, and bad with the second; then -3 is the best."""
+    again = {-2: bad, -3: 0.4}
+    assert search_with({-3: 0.3, -2: 0.1, -1: 0.5, -4: 0.6}.get, again=again.get) == ([-4, -3, -2, -1], -3, False, [-2, -3])
+    # -3 is worse with the second seed too, but still better than what -1 is with one
+    assert search_with({-3: 0.3, -2: 0.1, -1: 0.5, -4: 0.6}.get, again={-2: 0.45, -3: 0.49}.get)[1:] == (-2, False, [-2, -3])
+
+
+def test_no_more_is_trained_twice_than_decides():
+    """-3 has not been tried again, and needs not: with one seed it is already worse than -2 with two."""
+    assert search_with({-3: 0.3, -2: 0.1, -1: 0.5}.get, again={-2: 0.2}.get) == ([-3, -2, -1], -2, False, [-2])
+
+
+def test_what_was_trained_twice_does_not_change_where_the_search_went():
+    """-1 was the best at the edge, so 0 was tried; when -1 falls, 0 is the second best and not forgotten."""
+    first = {-3: 0.5, -2: 0.4, -1: 0.1, 0: 0.2, 1: 0.3}
+    again = {-1: None, 0: 0.2}
+    assert search_with(first.get, replace(TINY, most=5), again.get) == ([-3, -2, -1, 0, 1], 0, False, [-1, 0])
 
 
 def test_every_method_is_searched_with_as_many_rates():
@@ -130,12 +155,43 @@ def test_rows_survive_an_interruption_and_are_gone_on_from(tmp_path):
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.parametrize(
+    "lost", ["job", "method", "made_by", "status", "test_loss", "seconds", "curve", "svm_accuracy", "not an object", "no job"]
+)
+def test_a_row_without_what_is_needed_is_passed_over(tmp_path, lost):
+    path, case = tmp_path / "runs.jsonl", replace(TINY, probe="svm")
+    rows = [fake(Search(case, experiments.FOUR[0], 0).job(i, 1, "final"), 0.5) | {"svm_accuracy": 0.5} for i in (0, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(Store(path).rows) == 2
+    broken = {"not an object": [1], "no job": rows[0] | {"job": 1}}.get(lost, {k: v for k, v in rows[0].items() if k != lost})
+    path.write_text(json.dumps(broken) + "\n" + json.dumps(rows[1]) + "\n")
+    assert [row["job"]["rate"] for row in Store(path).rows.values()] == [3.0]
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
+    (tmp_path / "runs.jsonl").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/runs\.jsonl: expected a text in UTF-8"):
+        Store(tmp_path / "runs.jsonl")
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    with search.only_one(tmp_path):
+        with pytest.raises(BlockingIOError, match=rf"^{tmp_path}: another run"), search.only_one(tmp_path):
+            pass
+        (tmp_path / "other").mkdir()
+        with search.only_one(tmp_path / "other"):
+            pass
+    with search.only_one(tmp_path) as path:
+        assert path == tmp_path / "runs.jsonl"
+
+
 def test_final_trainings_use_all_rows_and_another_seed_than_the_search(tmp_path):
     run_all(replace(TINY, methods=TINY.methods[:1], batch=5), store := Store(tmp_path / "runs.jsonl"))
     parts = {
         part: {row["job"]["seed"] for row in store.rows.values() if row["job"]["part"] == part} for part in ("search", "final")
     }
-    assert parts == {"search": {0}, "final": {1}}
+    assert parts == {"search": set(search.SEARCH_SEEDS), "final": {1}}
     counts = {part: {row["weights_updated"] for row in store.rows.values() if row["job"]["part"] == part} for part in parts}
     weights = 6 * 5 + 5 + 5 * 3 + 3
     assert counts == {"search": {5 * math.ceil(34 / 5) * weights}, "final": {5 * math.ceil(40 / 5) * weights}}
