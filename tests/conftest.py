@@ -23,6 +23,11 @@ settings.register_profile("explore", derandomize=False)
 settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Tests that are too long for every change."""
+    parser.addoption("--nightly", action="store_true", help="compile every kernel for all compute capabilities, not one")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _products_do_not_depend_on_the_row() -> Iterator[None]:
     """Sum every element of an interpreted tile's product in one order, as a GPU does.
