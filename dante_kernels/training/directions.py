@@ -31,7 +31,7 @@ def check(direction: str, momentum: float) -> None:
     if direction not in NAMES:
         raise ValueError(f"direction: expected one of {', '.join(NAMES)}, got {direction!r}")
     if direction == "nesterov" and momentum == 0:
-        raise ValueError("direction: 'nesterov' needs a momentum above 0, got momentum=0")
+        raise ValueError("direction: 'nesterov' needs a momentum above 0, got momentum=0; give momentum=0.9, say, beside lr")
     if direction in WITHOUT_MOMENTUM and momentum != 0:
         raise ValueError(f"momentum: expected 0 with direction={direction!r}, got {momentum}")
 

@@ -85,6 +85,11 @@ class History:
         """Seconds of training so far, validation not included."""
         return sum(record.seconds for record in self.rounds)
 
+    def __repr__(self) -> str:
+        """Not the records themselves, of which there are thousands."""
+        last = f", last {self.rounds[-1]}" if self.rounds else ""
+        return f"History({len(self.blocks)} blocks, {len(self.rounds)} rounds, stopped by {self.stopped_by!r}{last})"
+
     def to_dict(self) -> dict[str, Any]:
         """The records as plain lists and dictionaries, fit for JSON."""
         return asdict(self)

@@ -38,6 +38,14 @@ def test_it_trains_in_place_and_returns_the_history():
     assert [r.weights_updated for r in history.rounds] == [per_round * (i + 1) for i in range(6)]
 
 
+def test_a_history_is_printed_in_a_line():
+    x, y = blobs(rows=40)
+    history = dk.fit(net(6, 5, 3), x, y, schedule=dk.RoundRobin(rounds=30, inner_steps=1, inner_epochs=1), batch_size=8)
+    assert f"{len(history.blocks)} blocks, 30 rounds, stopped by 'rounds'" in repr(history)
+    assert len(repr(history)) < 500
+    assert repr(dk.History()) == "History(0 blocks, 0 rounds, stopped by 'rounds')"
+
+
 @pytest.mark.parametrize("loss", losses.CODES)
 @pytest.mark.parametrize("classes", [True, False])
 def test_it_equals_steps_written_by_hand(loss, classes):
