@@ -226,11 +226,18 @@ def update(
 def no_aliases(written: dict[str, Tensor | None], args: tuple[Any, ...]) -> None:
     """What is changed in place must share no memory with another argument."""
     names = {id(changed): name for name, changed in written.items() if changed is not None}
-    parts = (one for value in args for one in (value if isinstance(value, list | tuple) else (value,)))
-    spans = sorted(((*_span(one), one) for one in parts if isinstance(one, Tensor) and one.numel()), key=lambda span: span[0])
+    parts: list[Tensor] = []
+    for value in args:
+        if isinstance(value, Tensor):
+            parts.append(value)
+        elif isinstance(value, list | tuple):
+            parts += [one for one in value if isinstance(one, Tensor)]
+    spans = sorted([(*_span(one), i) for i, one in enumerate(parts)])
     before: list[tuple[int, Tensor]] = []  # those whose span reaches into the next one's
-    for first, end, one in spans:
-        before = [span for span in before if span[0] > first]
+    for first, end, i in spans:
+        one = parts[i]
+        if before:
+            before = [span for span in before if span[0] > first]
         for _, other in before:
             name = names.get(id(one)) or names.get(id(other))
             if name and (one is other or _overlap(one, other)):
@@ -243,6 +250,8 @@ def _span(value: Tensor) -> tuple[int, int]:
     first = value.data_ptr()
     if value.is_contiguous():
         return first, first + value.nbytes
+    if not value.numel():
+        return first, first
     last = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
     return first, first + (last + 1) * value.element_size()
 

@@ -335,3 +335,20 @@ def test_ctrl_c_ends_the_processes_and_keeps_what_is_done(tmp_path):
     assert "the same command goes on" in err
     assert "Traceback" not in err
     assert len(Store(rows).rows) >= 2
+
+
+def test_the_committed_rows_are_a_whole_quick_run_and_make_the_committed_page():
+    """But for the colour pictures, which the run did not have."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+    store = Store(root / "bench" / "results" / "reproduction-quick.jsonl")
+    page = (root / "docs" / "reproduction.md").read_text()
+    for make in experiments.EXPERIMENTS.values():
+        experiment = make(experiments.Scale(full=False))
+        here = [case for case in experiment.cases if case.spec.data not in ("cifar10", "svhn", "tiny-imagenet")]
+        for one in (found for case in here for found in search.searches(case)):
+            jobs, _, _ = one.state(store.rows)
+            assert not jobs, f"{experiment.name}: {one.case.name} {one.method.name}"
+        made = summary.summarise(replace(experiment, cases=tuple(here)), False, store, {})
+        for line in report.page("all", [made]).splitlines():
+            if line.startswith("| ") and "---" not in line:
+                assert line in page
