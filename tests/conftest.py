@@ -25,7 +25,14 @@ settings.load_profile("repeatable")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Tests that are too long for every change."""
-    parser.addoption("--nightly", action="store_true", help="compile every kernel for all compute capabilities, not one")
+    what = "compile every kernel for all compute capabilities, not one; ten schedules of each broken kernel, not three"
+    parser.addoption("--nightly", action="store_true", help=what)
+
+
+@pytest.fixture
+def schedules(request: pytest.FixtureRequest) -> range:
+    """Seeds of unfair schedules of a kernel's programs; in each of them what is broken must be seen."""
+    return range(10 if request.config.getoption("--nightly") else 3)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -145,8 +145,8 @@ def _sigmoid(scale: Scale) -> Experiment:
     quick = (("mnist", (784, 100, 10)), ("mnist", TWO_HIDDEN), ("kmnist", (784, 100, 10)))
     full = tuple((data, widths) for data in ("mnist", "kmnist") for widths in NETS[:-1])
     cases = tuple(_net(scale, d, widths, activation="sigmoid", shift=2) for d, widths in (full if scale.full else quick))
-    text = """As the feedforward nets, with the sigmoid after every layer, the last one too. SGD with momentum and a cosine hardly
-moves these nets in a quick run, so read DANTE's figures beside plain SGD's."""
+    text = """As the feedforward nets, with the sigmoid after every layer, the last one too. SGD with momentum and a cosine
+hardly moves these nets in a quick run, so read DANTE's figures beside plain SGD's."""
     return Experiment("sigmoid", "Feedforward nets with sigmoid, MSE", "2020 paper, figure 5", text, cases)
 
 

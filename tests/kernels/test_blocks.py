@@ -113,14 +113,14 @@ BLOCK_MUTANTS = {
 
 
 @pytest.mark.parametrize("name", BLOCK_MUTANTS)
-def test_the_schedules_see_what_blocks_lack(name, tmp_path, monkeypatch):
+def test_the_schedules_see_what_blocks_lack(name, schedules, tmp_path, monkeypatch):
     monkeypatch.setattr("interleave.TURNS", 5000)
     old, nth, new, settings = BLOCK_MUTANTS[name]
     changed = functools.partial(kernels.one_launch.run, kernel=mutant(tmp_path, old, nth, new).persistent)
     p, order, table = make_problem(seed=21, rows=50, n_in=70, widths=(37, 10)), torch.arange(100) % 50, schedule(50, 20)
     right = run(p.clone(), 20, order, table, **settings)
     monkeypatch.setattr(kernels.one_launch, "run", changed)
-    for seed in range(10):
+    for seed in schedules:
         barrier._counters.clear()
         got = []
         ended = ends(lambda seed=seed, got=got: got.extend(run(p.clone(), 20, order, table, seed, **settings)))
@@ -175,7 +175,7 @@ def test_models_side_by_side_have_the_bits_of_each_alone(shape, momentum, monkey
 
 
 @pytest.mark.parametrize("what", ["p_counter += model * SPACING", "p_sums += model", "p_next_z += model", "p_z += (model *"])
-def test_the_schedules_see_models_that_share_what_is_each_ones_own(what, tmp_path, monkeypatch):
+def test_the_schedules_see_models_that_share_what_is_each_ones_own(what, schedules, tmp_path, monkeypatch):
     monkeypatch.setattr("interleave.TURNS", 5000)
     monkeypatch.setattr(kernels, "_most_programs", lambda tensor: 20)
     changed = mutant(tmp_path, what, 0, what.replace("model", "0 * model"))
@@ -185,7 +185,7 @@ def test_the_schedules_see_models_that_share_what_is_each_ones_own(what, tmp_pat
         kernels.sngd_epochs_(list(calls_of(right, 40, 0.0)))
     assert len(grids) == 1
     monkeypatch.setattr(kernels.one_launch, "run", functools.partial(kernels.one_launch.run, kernel=changed.persistent))
-    for seed in range(10):
+    for seed in schedules:
         barrier._counters.clear()
         got = [p.clone() for p in problems]
         with interleaved(seed):

@@ -248,22 +248,22 @@ def passes_unseen(p: Problem, batch: int, seed: int, module: ModuleType, right: 
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_the_schedules_see_what_is_missing(name, tmp_path, monkeypatch):
+def test_the_schedules_see_what_is_missing(name, schedules, tmp_path, monkeypatch):
     monkeypatch.setattr("interleave.TURNS", 3000)
     old, nth, new, (n_in, widths), batch = MUTANTS[name]
     module = mutant(tmp_path, old, nth, new)
     p = make_problem(seed=11, rows=3 * batch, n_in=n_in, widths=widths)
     right = p.clone()
     run(right, batch, tiles(p, batch))
-    assert not any(passes_unseen(p.clone(), batch, seed, module, right.weight) for seed in range(10))
+    assert not any(passes_unseen(p.clone(), batch, seed, module, right.weight) for seed in schedules)
     barrier._counters.clear()
 
 
-def test_a_launch_goes_on_from_the_sign_that_the_last_one_left(tmp_path, monkeypatch):
+def test_a_launch_goes_on_from_the_sign_that_the_last_one_left(schedules, tmp_path, monkeypatch):
     monkeypatch.setattr("interleave.TURNS", 3000)
     module = mutant(tmp_path, "sense = tl.load(p_counter, volatile=True)\n", 0, "pass\n")
     p = make_problem(seed=11, rows=10, n_in=30, widths=(40,))
-    for seed in range(10):
+    for seed in schedules:
         barrier._counters.clear()
         problems = [p.clone() for _ in range(4)]
         for q, kernel in zip(problems, (persistent, persistent, persistent, module), strict=True):
