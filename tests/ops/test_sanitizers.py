@@ -72,7 +72,7 @@ sys.exit(status)
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
 def test_the_operator_tests_run_clean(package, isa):
     tests = [str(ROOT / "tests" / "ops" / name) for name in ("test_operators.py", "test_promises.py", "test_cpu_kernels.py")]
-    select = "(cpp or cpu_kernels) and not every_size and not instruction_set and not memory_of_a_pass"
+    select = "(cpp or cpu_kernels) and not every_size and not instruction_set and not memory_of_a_pass and not second_thread"
     options = ["-o", "addopts=", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-k", select]
     out = run(package, isa, "-c", RUN, *options, *tests)
     assert out.splitlines()[-1].startswith(f"status 0 of {package}")
