@@ -162,20 +162,23 @@ def train(
     diverged = train_with(model, problem, loss, way, rate, seed, epochs, batch_size, judge)
     diverged = diverged or not curve or not math.isfinite(curve[-1][3] or 0.0)
     weights, seconds, train_loss, test_loss, accuracy = (None, None, None, None, None) if diverged else curve[-1]
-    finite = [
-        [v if v is None else float(f"{v:.6g}") for v in p] for p in curve if all(v is None or math.isfinite(v) for v in p)
-    ]
+    finite = [[point[0], *map(_short, point[1:])] for point in curve if all(v is None or math.isfinite(v) for v in point)]
     row: Row = {
         "status": "diverged" if diverged else "done",
         "test_loss": test_loss,
         "test_accuracy": accuracy,
         "train_loss": train_loss,
         "baseline": _baseline(problem) if problem.y.is_floating_point() else None,
-        "seconds": seconds,
+        "seconds": _short(seconds),
         "weights_updated": weights,
         "curve": finite,
     }
     return row if probe is None or diverged else row | probe(model, problem)
+
+
+def _short(value: float | None) -> float | None:
+    """What is drawn and not compared, to four digits, so that rows stay small."""
+    return None if value is None else float(f"{value:.4g}")
 
 
 def build(widths: tuple[int, ...], activation: str, last: str, seed: int) -> nn.Sequential:
