@@ -25,7 +25,7 @@ settings.load_profile("repeatable")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Tests that are too long for every change."""
-    what = "compile every kernel for all compute capabilities, not one; ten schedules of each broken kernel, not three"
+    what = "compile for all compute capabilities, not one; 20 schedules of a kernel, not 5, and 10 of a broken one, not 3"
     parser.addoption("--nightly", action="store_true", help=what)
 
 
@@ -33,6 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def schedules(request: pytest.FixtureRequest) -> range:
     """Seeds of unfair schedules of a kernel's programs; in each of them what is broken must be seen."""
     return range(10 if request.config.getoption("--nightly") else 3)
+
+
+@pytest.fixture
+def unfair(request: pytest.FixtureRequest) -> range:
+    """Seeds of unfair schedules of a kernel's programs; all of them must give the same bits."""
+    return range(20 if request.config.getoption("--nightly") else 5)
 
 
 @pytest.fixture(scope="session", autouse=True)

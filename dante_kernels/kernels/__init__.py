@@ -130,7 +130,8 @@ def blocks_tiles(widths: list[int], batch_size: int, loss: int, momentum: bool, 
     if os.environ.get(plan.ENVIRONMENT_VARIABLE, "auto") not in ("auto", "persistent"):
         return None
     device, most = plan.device_of(weight.device), _most_programs(weight)
-    return plan.blocks(widths, batch_size, loss == losses.CROSS_ENTROPY, momentum, steps, most, device)
+    precision = torch.get_float32_matmul_precision()
+    return plan.blocks(widths, batch_size, loss == losses.CROSS_ENTROPY, momentum, steps, most, device, precision)
 
 
 def sngd_blocks_(

@@ -84,7 +84,9 @@ def run(
     results = [(scratch(steps), scratch(steps)) for _ in models]
     exchanges_next = following is not None and not (one_tile and tiles.split_out == 1)
     z = next_z = sums = counter = offsets = None
-    if tiles.split_in > 1 or not one_tile:
+    if tiles.one_barrier:
+        z = scratch(len(models), 2, programs, padded, tiles.units + padded)
+    elif tiles.split_in > 1 or not one_tile:
         z = scratch(len(models), tiles.split_out, tiles.split_in + 1, padded, tiles.units)
     if exchanges_next:
         next_z = scratch(len(models), tiles.split_out, padded, tiles.next_units)
@@ -101,7 +103,7 @@ def run(
         kernel, (len(models) * programs,),
         *one, *results[0], offsets, None if blocks is None else blocks.schedule, z, next_z, sums, counter,
         rows, batch, steps, one.x.shape[0], active.n_in, active.n_out, following.n_out if following else 0,
-        _share(active.n_in, tiles.split_in, tiles.num_warps * tiles.inputs), _share(active.n_out, tiles.split_out, tiles.units),
+        _share(active.n_in, tiles.split_in, tiles.slices * tiles.inputs), _share(active.n_out, tiles.split_out, tiles.units),
         *_strides(one.weight), stride_of(one.bias), *_strides(one.velocity_weight), stride_of(one.velocity_bias),
         *_strides(one.x), stride_of(one.order), *_strides(one.target), *_strides(one.next_weight), stride_of(one.next_bias),
         *_strides(one.next_velocity_weight), stride_of(one.next_velocity_bias),
@@ -109,7 +111,8 @@ def run(
         x_scale,
         KIND=active.kind, NEXT_KIND=following.kind if following else 0, LOSS=loss, CLASSES=one.target.dim() == 1,
         NESTEROV=nesterov, RELATIVE=blocks is not None and blocks.relative, RESET=blocks is not None and blocks.reset,
-        PRECISION="ieee", SPLIT_OUT=tiles.split_out, SPLIT_IN=tiles.split_in, WARPS=tiles.num_warps, ONE_TILE=one_tile,
+        PRECISION=tiles.precision, SPLIT_OUT=tiles.split_out, SPLIT_IN=tiles.split_in, SLICES=tiles.slices, ONE_TILE=one_tile,
+        ONE_BARRIER=tiles.one_barrier,
         BLOCK_B=tiles.rows, BLOCK_OUT=tiles.units, BLOCK_IN=tiles.inputs, BLOCK_NEXT=tiles.next_units,
         BLOCK_PROGRAMS=triton.next_power_of_2(programs),
         num_warps=tiles.num_warps, num_stages=1, persistent=True,

@@ -10,7 +10,22 @@ import triton.language as tl
 from . import barrier
 from .barrier import arrive, meet, wait
 from .device import CROSS_ENTROPY, MSE, divide, multiply_add, phi, slope, tile_sum
-from .tile import last_layer, load_rows, mini_batch, move, next_product, part, product, rows_of, sum_of_slices, with_bias
+from .tile import (
+    add_gradient,
+    exchanged,
+    gram_squares,
+    last_layer,
+    load_rows,
+    mini_batch,
+    move,
+    next_product,
+    part,
+    product,
+    rows_of,
+    squares_of,
+    sum_of_parts,
+    with_bias,
+)
 
 SPACING = tl.constexpr(barrier.SPACING)
 POINTERS = tl.constexpr(14)  # of a model, in the order of the kernel's arguments
@@ -30,17 +45,18 @@ def persistent(
     low, high, next_low, next_high, momentum, x_scale,
     KIND: tl.constexpr, NEXT_KIND: tl.constexpr, LOSS: tl.constexpr, CLASSES: tl.constexpr, NESTEROV: tl.constexpr,
     RELATIVE: tl.constexpr, RESET: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT_OUT: tl.constexpr, SPLIT_IN: tl.constexpr, WARPS: tl.constexpr, ONE_TILE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_NEXT: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT_OUT: tl.constexpr, SPLIT_IN: tl.constexpr, SLICES: tl.constexpr, ONE_TILE: tl.constexpr,
+    ONE_BARRIER: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_NEXT: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """SNGD over mini-batches of up to `batch` rows on the last layer, on the one before it, or on both of them in turn.
 
     A cooperative 1D grid of SPLIT_OUT SPLIT_IN programs for each model, all resident; models know nothing of each other.
     Program (u, i) keeps W[units of u, inputs of i] and its velocity in registers from the first step to the last; u has
-    `share_out` <= BLOCK_OUT units, i has `share_in` <= WARPS BLOCK_IN inputs. A tile is (WARPS, BLOCK_OUT, BLOCK_IN), a
-    warp for each slice of the inputs: so its products are split over the inner dimension, and no warp holds all of W. Of
-    a next layer it keeps the columns of u's units. Up to three barriers a step:
+    `share_out` <= BLOCK_OUT units, i has `share_in` <= SLICES BLOCK_IN inputs. A tile is (SLICES, BLOCK_OUT, BLOCK_IN), a
+    warp for each slice of the inputs: so its products are split over the inner dimension, and no warp holds all of W. With
+    SLICES = 1, for matrix units, it is (BLOCK_OUT, BLOCK_IN). Of a next layer it keeps the columns of u's units. Up to three
+    barriers a step:
 
     - with SPLIT_IN > 1: the partial Z = X W^T of a unit group's programs are exchanged in `z`, and each of them adds up
       all of them;
@@ -56,6 +72,10 @@ def persistent(
     be no other barrier that keeps a fast program from its next step; the other buffers need no second half, since each
     program passes the last barrier before it stores to them again.
 
+    ONE_BARRIER, with one tile of rows and SPLIT_OUT = 1, leaves out the last barrier: with the partial Z the programs exchange
+    their part of X X^T, in `z` and there in turn, so each of them has all of D and the norm <D, (X X^T + 1) D> (the 1 with a
+    bias). Only where that is not to be trusted, which all of them see alike, do they meet for the sums of G's squares.
+
     With `schedule` (steps, 4) int64 a step's row holds (first position, number of rows, active layer, block): both layers
     take their turns, each block with its rate lr[block], which is first multiplied, in memory too, by the layer's Frobenius
     norm at the block's start where RELATIVE, and from zero velocity where RESET. With `offsets` (models, POINTERS) int64
@@ -69,6 +89,7 @@ def persistent(
     MOMENTUM: tl.constexpr = p_velocity_weight is not None
     HAS_NEXT: tl.constexpr = p_next_weight is not None
     ROUNDS: tl.constexpr = p_schedule is not None
+    GRAM_PRECISION: tl.constexpr = "tf32" if PRECISION == "bf16" else PRECISION
     # Numbers of one model, or of one tile, are constants: the compiler would keep others in registers through all steps.
     model = tl.zeros([], tl.int32)
     program = tl.program_id(0)
@@ -107,16 +128,22 @@ def persistent(
         if PROGRAMS > 1:
             p_sums += model * (5 * PROGRAMS)
             p_counter += model * SPACING
-    if p_z is not None:
+    if ONE_BARRIER:
+        # Two halves of a slice from each program: Z, and after it X X^T.
+        z_slice = z_size + BLOCK_B * BLOCK_B
+        p_z += model.to(tl.int64) * (2 * SPLIT_IN) * z_slice
+    elif p_z is not None:
         # A unit group's slices, and after them their sum.
         p_z += (model * SPLIT_OUT + unit_group).to(tl.int64) * (SPLIT_IN + 1) * z_size
 
     local_row = tl.arange(0, BLOCK_B)
     local_unit = tl.arange(0, BLOCK_OUT)
-    local_input = tl.arange(0, WARPS)[:, None] * BLOCK_IN + tl.arange(0, BLOCK_IN)[None, :]
+    local_input = tl.arange(0, BLOCK_IN)
+    if SLICES > 1:
+        local_input = tl.arange(0, SLICES)[:, None] * BLOCK_IN + local_input[None, :]
     unit, m_unit = part(unit_group, share_out, n_out, local_unit)
     column, m_column = part(input_group, share_in, n_in, local_input)
-    m_w = m_unit[None, :, None] & m_column[:, None, :]
+    m_w = m_unit[:, None] & tl.expand_dims(m_column, -2)
     unit_64 = unit.to(tl.int64)
     column_64 = column.to(tl.int64)
     following = tl.arange(0, BLOCK_NEXT)
@@ -124,17 +151,18 @@ def persistent(
     m_next_w = m_next[:, None] & m_unit[None, :]
     z_tile = local_row[:, None] * BLOCK_OUT + local_unit[None, :]
     next_tile = local_row[:, None] * BLOCK_NEXT + following[None, :]
+    gram_tile = z_size + local_row[:, None] * BLOCK_B + local_row[None, :]
     every = tl.arange(0, BLOCK_PROGRAMS)
     m_every = every < PROGRAMS
 
-    p_x_columns = p_x + column_64[:, None, :] * stride_xc
-    p_w = p_weight + unit_64[None, :, None] * stride_wo + column_64[:, None, :] * stride_wi
+    p_x_columns = p_x + tl.expand_dims(column_64, -2) * stride_xc
+    p_w = p_weight + unit_64[:, None] * stride_wo + tl.expand_dims(column_64, -2) * stride_wi
     w = tl.load(p_w, mask=m_w, other=0.0)
     v = w
     bias = tl.zeros([BLOCK_OUT], tl.float32)
     v_bias = bias
     if MOMENTUM:
-        p_v = p_velocity_weight + unit_64[None, :, None] * stride_vo + column_64[:, None, :] * stride_vi
+        p_v = p_velocity_weight + unit_64[:, None] * stride_vo + tl.expand_dims(column_64, -2) * stride_vi
         v = tl.load(p_v, mask=m_w, other=0.0)
     if p_bias is not None:
         bias = tl.load(p_bias + unit_64 * stride_bias, mask=m_unit, other=0.0)
@@ -179,7 +207,7 @@ def persistent(
                         tl.store(p_sums + 4 * PROGRAMS + program, squares)
                         sense = meet(p_counter, program, sense, PROGRAMS)
                         p_own = p_sums + 4 * PROGRAMS + every
-                        squares = tl.sum(tl.load(p_own, mask=m_every, other=0.0, cache_modifier=".cg"), axis=0)
+                        squares = tl.sum(exchanged(p_own, m_every), axis=0)
                     lr *= tl.sqrt_rn(squares)
                     if program == 0:
                         tl.store(p_lr + block, lr)
@@ -191,10 +219,24 @@ def persistent(
 
         if ONE_TILE:
             z = product(x, w, PRECISION)
-            if SPLIT_IN > 1:
+            if ONE_BARRIER:
+                gram = multiply_add(x, tl.trans(x), tl.zeros([BLOCK_B, BLOCK_B], tl.float32), GRAM_PRECISION)
+                m_z = m_row[:, None] & m_unit[None, :]
+                m_gram = m_row[:, None] & m_row[None, :]
+                p_half = p_z + (step % 2) * (SPLIT_IN * z_slice)
+                tl.store(p_half + program * z_slice + z_tile, z, mask=m_z)
+                tl.store(p_half + program * z_slice + gram_tile, gram, mask=m_gram)
+                arrive(p_counter, program, PROGRAMS)
+                ahead, ahead_count, ahead_layer, ahead_block = mini_batch(p_schedule, step + 1, steps, rows, batch)
+                ahead_row, ahead_exists, ahead_m_row = rows_of(p_order, stride_order, ahead, ahead_count, 0, x_rows, BLOCK_B)
+                ahead_x = load_rows(p_x_columns, stride_xr, ahead_row, ahead_m_row & ahead_exists, m_column, x_scale)
+                sense = wait(p_counter, sense)
+                z = sum_of_parts(p_half + z_tile, m_z, z_slice, SPLIT_IN)
+                gram = sum_of_parts(p_half + gram_tile, m_gram, z_slice, SPLIT_IN)
+            elif SPLIT_IN > 1:
                 tl.store(p_z + input_group * z_size + z_tile, z)
                 sense = meet(p_counter, program, sense, PROGRAMS)
-                z = sum_of_slices(p_z + z_tile, z_size, SPLIT_IN)
+                z = sum_of_parts(p_z + z_tile, None, z_size, SPLIT_IN)
             z = with_bias(z, bias, exists)
             last_z = z
             if HAS_NEXT:
@@ -203,7 +245,7 @@ def persistent(
                     if input_group == 0:
                         tl.store(p_next_z + unit_group * next_size + next_tile, last_z)
                     sense = meet(p_counter, program, sense, PROGRAMS)
-                    last_z = sum_of_slices(p_next_z + next_tile, next_size, SPLIT_OUT)
+                    last_z = sum_of_parts(p_next_z + next_tile, None, next_size, SPLIT_OUT)
                 last_z = with_bias(last_z, next_bias, exists)
         else:
             for tile in range(0, tiles):
@@ -217,7 +259,7 @@ def persistent(
             for tile in range(input_group, tiles, SPLIT_IN):
                 row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
                 p_tile = p_z + tile * (BLOCK_B * BLOCK_OUT) + z_tile
-                z = with_bias(sum_of_slices(p_tile, z_size, SPLIT_IN), bias, exists)
+                z = with_bias(sum_of_parts(p_tile, None, z_size, SPLIT_IN), bias, exists)
                 tl.store(p_tile + SPLIT_IN * z_size, z)
                 if HAS_NEXT:
                     p_next_tile = p_next_z + unit_group * next_size + tile * (BLOCK_B * BLOCK_NEXT) + next_tile
@@ -232,10 +274,12 @@ def persistent(
             elements *= n_next if HAS_NEXT else n_out
         scale = divide(tl.full([], 2.0 if LOSS == MSE else 1.0, tl.float32), elements)
         loss = tl.zeros([], tl.float32)
-        grad = tl.zeros([WARPS, BLOCK_OUT, BLOCK_IN], tl.float32)
+        grad = tl.zeros_like(w)
         grad_bias = tl.zeros([BLOCK_OUT], tl.float32)
         next_grad = tl.zeros([BLOCK_NEXT, BLOCK_OUT], tl.float32)
         next_grad_bias = tl.zeros([BLOCK_NEXT], tl.float32)
+        squares = tl.zeros([], tl.float32)
+        trusted = squares > 0
         for tile in range(0, 1 if ONE_TILE else tiles):
             if not ONE_TILE:
                 row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
@@ -243,7 +287,7 @@ def persistent(
                 last_z = z
                 if HAS_NEXT:
                     p_next_tile = p_next_z + tile * (BLOCK_B * BLOCK_NEXT) + next_tile
-                    last_z = with_bias(sum_of_slices(p_next_tile, next_size, SPLIT_OUT), next_bias, exists)
+                    last_z = with_bias(sum_of_parts(p_next_tile, None, next_size, SPLIT_OUT), next_bias, exists)
                 x = load_rows(p_x_columns, stride_xr, row, m_row & exists & (layer == 0), m_column, x_scale)
             if HAS_NEXT:
                 d, value = last_layer(
@@ -266,33 +310,41 @@ def persistent(
                     low, high, KIND, LOSS, CLASSES,
                 )  # fmt: skip
             loss += value
-            d_t = tl.broadcast_to(tl.trans(d)[None, :, :], [WARPS, BLOCK_OUT, BLOCK_B])
-            grad = multiply_add(d_t, x, grad, PRECISION)
+            grad = add_gradient(d, x, grad, PRECISION)
             grad_bias += tl.sum(d, axis=0)
-
-        squares = tile_sum(grad * grad)
-        if p_bias is not None:
-            squares += tl.where(input_group == 0, tl.sum(grad_bias * grad_bias, axis=0), 0.0)
-        if ROUNDS:
-            squares += tl.where(input_group == 0, tile_sum(next_grad * next_grad), 0.0)
-            if p_next_bias is not None:
-                squares += tl.where(program == 0, tl.sum(next_grad_bias * next_grad_bias, axis=0), 0.0)
-        if PROGRAMS > 1:
-            counted = program == 0 if HAS_NEXT else input_group == 0
-            p_half = p_sums + (step % 2) * (2 * PROGRAMS)
-            tl.store(p_half + program, squares)
-            tl.store(p_half + PROGRAMS + program, tl.where(counted, loss, 0.0))
-            arrive(p_counter, program, PROGRAMS)
+            if ONE_BARRIER:
+                if p_bias is not None:
+                    gram += 1.0
+                squares, trusted = gram_squares(d, gram, GRAM_PRECISION)
 
         acted = layer
-        first, count, layer, block = mini_batch(p_schedule, step + 1, steps, rows, batch)
-        if ONE_TILE:
-            row, exists, m_row = rows_of(p_order, stride_order, first, count, 0, x_rows, BLOCK_B)
-            x = load_rows(p_x_columns, stride_xr, row, m_row & exists, m_column, x_scale)
-        if PROGRAMS > 1:
-            sense = wait(p_counter, sense)
-            squares = tl.sum(tl.load(p_half + every, mask=m_every, other=0.0, cache_modifier=".cg"), axis=0)
-            loss = tl.sum(tl.load(p_half + PROGRAMS + every, mask=m_every, other=0.0, cache_modifier=".cg"), axis=0)
+        if ONE_BARRIER:
+            if not trusted:
+                own = squares_of(grad, grad_bias, program == 0, p_bias is not None)
+                tl.store(p_sums + program, own)
+                sense = meet(p_counter, program, sense, PROGRAMS)
+                squares = tl.sum(exchanged(p_sums + every, m_every), axis=0)
+            first, count, layer, block = ahead, ahead_count, ahead_layer, ahead_block
+            row, exists, m_row, x = ahead_row, ahead_exists, ahead_m_row, ahead_x
+        else:
+            squares = squares_of(grad, grad_bias, input_group == 0, p_bias is not None)
+            if ROUNDS:
+                own = squares_of(next_grad, next_grad_bias, program == 0, p_next_bias is not None)
+                squares += tl.where(input_group == 0, own, 0.0)
+            if PROGRAMS > 1:
+                counted = program == 0 if HAS_NEXT else input_group == 0
+                p_half = p_sums + (step % 2) * (2 * PROGRAMS)
+                tl.store(p_half + program, squares)
+                tl.store(p_half + PROGRAMS + program, tl.where(counted, loss, 0.0))
+                arrive(p_counter, program, PROGRAMS)
+            first, count, layer, block = mini_batch(p_schedule, step + 1, steps, rows, batch)
+            if ONE_TILE:
+                row, exists, m_row = rows_of(p_order, stride_order, first, count, 0, x_rows, BLOCK_B)
+                x = load_rows(p_x_columns, stride_xr, row, m_row & exists, m_column, x_scale)
+            if PROGRAMS > 1:
+                sense = wait(p_counter, sense)
+                squares = tl.sum(exchanged(p_half + every, m_every), axis=0)
+                loss = tl.sum(exchanged(p_half + PROGRAMS + every, m_every), axis=0)
         norm = tl.sqrt_rn(squares)
         if program == 0:
             tl.store(p_norms + step, norm)
@@ -315,13 +367,13 @@ def persistent(
     zero = tl.minimum(steps, 0)
     unit, m_unit = part(unit_group, share_out + zero, n_out, local_unit)
     column, m_column = part(input_group, share_in + zero, n_in, local_input)
-    m_w = m_unit[None, :, None] & m_column[:, None, :]
+    m_w = m_unit[:, None] & tl.expand_dims(m_column, -2)
     unit_64 = unit.to(tl.int64)
     column_64 = column.to(tl.int64)
-    p_w = p_weight + unit_64[None, :, None] * stride_wo + column_64[:, None, :] * stride_wi
+    p_w = p_weight + unit_64[:, None] * stride_wo + tl.expand_dims(column_64, -2) * stride_wi
     tl.store(p_w, w, mask=m_w)
     if MOMENTUM:
-        p_v = p_velocity_weight + unit_64[None, :, None] * stride_vo + column_64[:, None, :] * stride_vi
+        p_v = p_velocity_weight + unit_64[:, None] * stride_vo + tl.expand_dims(column_64, -2) * stride_vi
         tl.store(p_v, v, mask=m_w)
     if p_bias is not None:
         if input_group == 0:

@@ -42,7 +42,10 @@ class Persistent(NamedTuple):
     next_units: int
     split_out: int
     split_in: int
+    slices: int  # of the inputs of a program
     num_warps: int
+    precision: str
+    one_barrier: bool  # with the Gram norm
     microseconds: float
 
 
@@ -50,8 +53,12 @@ class Persistent(NamedTuple):
 # some specialization spills.
 PERSISTENT_REGISTERS = 160
 
+# The form with one barrier: its most rows and units, and the inputs of a program, without momentum and with it. Found by
+# compiling: with more, with three tf32 products, or for another capability than 9.0 some specialization spills.
+ONE_BARRIER_ROWS, ONE_BARRIER_UNITS, ONE_BARRIER_INPUTS = 32, 128, (64, 32)
+
 # A modelled time within this factor of the best is as good: the model is no better than that.
-NEAR = 1.1
+NEAR = 1.15
 
 
 def _persistent(
@@ -70,7 +77,20 @@ def _persistent(
         exchanged = (2 * warps * inputs + 2 * units + split_out * n_next) * padded
     time = barriers * (device.barrier + device.barrier_program * programs) + (tiles - 1) * device.tile
     time += products / 1e6 / device.fma + 4 * exchanged / 1e6 / device.l2_per_multiprocessor
-    return Persistent(rows, units, inputs, next_units, split_out, split_in, warps, time)
+    return Persistent(rows, units, inputs, next_units, split_out, split_in, warps, warps, "ieee", False, time)
+
+
+def _one_barrier(
+    n_out: int, n_in: int, n_next: int, batch: int, inputs: int, precision: str, device: Device, rows: int = 32
+) -> Persistent:
+    """The form with the Gram norm: every program has all units of some inputs, in a tile for the matrix units."""
+    split_in, units = -(-n_in // inputs), power_of_two(n_out, 16, 128)
+    next_units = power_of_two(n_next, 16, 64) if n_next else 16
+    products = rows * (2 * inputs * units + rows * (inputs + units) + (2 * units * next_units if n_next else 0))
+    exchanged = batch * inputs + split_in * batch * (n_out + batch)
+    time = device.barrier + device.barrier_program * split_in
+    time += products / 1e6 / device.rate(precision) + 4 * exchanged / 1e6 / device.l2_per_multiprocessor
+    return Persistent(rows, units, inputs, next_units, 1, split_in, 1, 8, precision, True, time)
 
 
 def persistent(
@@ -81,6 +101,8 @@ def persistent(
     most_programs: int,
     device: Device = H200,
     both: bool = False,
+    precision: str = "highest",
+    x_dtype: torch.dtype = torch.float32,
 ) -> Persistent | None:
     """The tiles of the persistent plan: of those near the fastest, by the model, the ones with the fewest programs.
 
@@ -89,8 +111,9 @@ def persistent(
 
     `widths` are n_in, n_out and the widths of the suffix. It serves the last layer and the one before it, where the layer
     fits the registers of at most `most_programs` programs. Its arithmetic is plain float32 whatever the precision switch
-    allows: that costs little there, and tf32 needs registers that the tiles have. `both` says that the last layer is
-    trained too, in turn with the one before it.
+    allows: that costs little there, and tf32 needs registers that the tiles have. Only the form with one barrier a step has
+    its products on the matrix units, in the switch's `precision`. `both` says that the last layer is trained too, in turn
+    with the one before it.
     """
     n_in, n_out, *suffix = widths
     n_next = suffix[0] if suffix else 0
@@ -108,6 +131,11 @@ def persistent(
         if cross_entropy and not suffix and tiles.split_out > 1:
             continue
         fitting.append((programs, tiles.microseconds, tiles))
+    if device.one_barrier and precision != "highest" and not both and batch <= ONE_BARRIER_ROWS and n_out <= ONE_BARRIER_UNITS:
+        inputs = ONE_BARRIER_INPUTS[momentum or x_dtype == torch.bfloat16]
+        tiles = _one_barrier(n_out, n_in, n_next, batch, inputs, "tf32" if precision == "high" else "bf16", device)
+        if 1 < tiles.split_in <= most_programs:
+            fitting.append((tiles.split_in, tiles.microseconds, tiles))
     near = NEAR * min((time for _, time, _ in fitting), default=0.0)
     return min((one for one in fitting if one[1] <= near), default=(0, 0.0, None))[2]
 
@@ -120,6 +148,7 @@ def blocks(
     steps: float,
     most_programs: int,
     device: Device = H200,
+    precision: str = "highest",
 ) -> Persistent | None:
     """The tiles with which blocks of `steps` steps, of two layers in turn, run in one launch, or None where that is slower.
 
@@ -129,7 +158,8 @@ def blocks(
     if len(widths) != 3:
         return None
     both = persistent(widths, batch, cross_entropy, momentum, most_programs, device, both=True)
-    alone = [persistent(widths[i:], batch, cross_entropy, momentum, most_programs, device) for i in range(2)]
+    rest = (batch, cross_entropy, momentum, most_programs, device)
+    alone = [persistent(widths[i:], *rest, precision=precision) for i in range(2)]
     if both is None or None in alone:
         return both
     in_turn = steps * sum(tiles.microseconds for tiles in alone if tiles) + 2 * device.block
@@ -158,16 +188,20 @@ class Choice(NamedTuple):
 
 
 def device_of(device: torch.device) -> Device:
-    """What the model knows of a device: an H200's numbers, with a CUDA device's own multiprocessors and size of L2."""
+    """What the model knows of a device: an H200's numbers, with a CUDA device's own multiprocessors, size of L2, capability."""
     if device.type != "cuda":
         return H200
     found = torch.cuda.get_device_properties(device)
-    return H200._replace(multiprocessors=found.multi_processor_count, l2_bytes=found.L2_cache_size)
+    one_barrier = (found.major, found.minor) == (9, 0)
+    return H200._replace(multiprocessors=found.multi_processor_count, l2_bytes=found.L2_cache_size, one_barrier=one_barrier)
 
 
 def _persistent_of(shape: Shape, most_programs: int, device: Device) -> Persistent | None:
     cross_entropy = shape.loss == losses.CROSS_ENTROPY
-    return persistent(list(shape.widths), shape.batch, cross_entropy, shape.momentum, most_programs, device)
+    return persistent(
+        list(shape.widths), shape.batch, cross_entropy, shape.momentum, most_programs, device,
+        precision=shape.precision, x_dtype=shape.x_dtype,
+    )  # fmt: skip
 
 
 def _persistent_cost(tiles: Persistent, shape: Shape, most_programs: int, device: Device) -> Cost:

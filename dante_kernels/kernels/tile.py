@@ -22,6 +22,9 @@ from .device import (
 )
 from .layers import softmax_tile
 
+# How many times a Gram norm's square may be below the bound of its terms.
+TRUST = tl.constexpr(64.0)
+
 
 @triton.jit
 def mini_batch(p_schedule, step, steps, rows, batch):
@@ -60,25 +63,76 @@ def part(group, share, size, local):
 
 @triton.jit
 def load_rows(p_x_columns, stride_xr, row, m_row, m_column, x_scale):
-    """Rows of x at a program's columns, (WARPS, BLOCK_B, BLOCK_IN)."""
-    mask = m_row[None, :, None] & m_column[:, None, :]
-    return load_x(p_x_columns + row[None, :, None] * stride_xr, mask, x_scale)
+    """Rows of x at a program's columns, (SLICES, BLOCK_B, BLOCK_IN) or (BLOCK_B, BLOCK_IN)."""
+    mask = m_row[:, None] & tl.expand_dims(m_column, -2)
+    return load_x(p_x_columns + row[:, None] * stride_xr, mask, x_scale)
 
 
 @triton.jit
 def product(x, w, PRECISION: tl.constexpr):
-    """x w^T over a program's columns, (BLOCK_B, BLOCK_OUT): a product for each warp's columns, summed in their order."""
-    zeros = tl.zeros([w.shape[0], x.shape[1], w.shape[1]], tl.float32)
-    return tl.sum(multiply_add(x, tl.permute(w, (0, 2, 1)), zeros, PRECISION), axis=0)
+    """x w^T over a program's columns, (BLOCK_B, BLOCK_OUT): of each slice, if there are any, summed in their order."""
+    if len(w.shape) == 2:
+        zeros = tl.zeros([x.shape[0], w.shape[0]], tl.float32)
+        z = multiply_add(x, tl.trans(w), zeros, PRECISION)
+    else:
+        zeros = tl.zeros([w.shape[0], x.shape[1], w.shape[1]], tl.float32)
+        z = tl.sum(multiply_add(x, tl.permute(w, (0, 2, 1)), zeros, PRECISION), axis=0)
+    return z
 
 
 @triton.jit
-def sum_of_slices(p_tile, size, SLICES: tl.constexpr):
-    """The sum of a tile's SLICES exchanged parts, in their order; `size` floats lie between one and the next."""
-    total = tl.load(p_tile, cache_modifier=".cg")
-    for i in tl.static_range(1, SLICES):
-        total += tl.load(p_tile + i * size, cache_modifier=".cg")
+def add_gradient(d, x, grad, PRECISION: tl.constexpr):
+    """grad + d^T x over a program's columns, of the tile's shape."""
+    d_t = tl.trans(d)
+    if len(x.shape) == 3:
+        d_t = tl.broadcast_to(d_t[None, :, :], [x.shape[0], d_t.shape[0], d_t.shape[1]])
+    return multiply_add(d_t, x, grad, PRECISION)
+
+
+@triton.jit
+def exchanged(p, mask):
+    """What other programs have stored, 0 outside the mask, if there is one; past L1, which knows nothing of their stores."""
+    if mask is None:
+        stored = tl.load(p, cache_modifier=".cg")
+    else:
+        stored = tl.load(p, mask=mask, other=0.0, cache_modifier=".cg")
+    return stored
+
+
+@triton.jit
+def sum_of_parts(p_tile, mask, size, PARTS: tl.constexpr):
+    """The sum of a tile's exchanged parts, in their order; `size` floats lie between one and the next."""
+    total = exchanged(p_tile, mask)
+    for i in tl.range(1, PARTS, loop_unroll_factor=4):
+        total += exchanged(p_tile + i * size, mask)
     return total
+
+
+@triton.jit
+def squares_of(grad, grad_bias, counted, BIAS: tl.constexpr):
+    """The sum of squares of a program's part of a gradient; the bias's where it is this program's to count."""
+    squares = tile_sum(grad * grad)
+    if BIAS:
+        squares += tl.where(counted, tl.sum(grad_bias * grad_bias, axis=0), 0.0)
+    return squares
+
+
+@triton.jit
+def gram_squares(d, gram, PRECISION: tl.constexpr):
+    """(s^2 = <D, gram D>, whether it can be trusted), gram being X X^T, or X X^T + 1 where there is a bias.
+
+    The rounding errors of s^2 are small beside (sum over rows of sqrt(gram_ii) |d_i|)^2, whatever cancels; where s^2 is not,
+    or where it is beyond what float32 holds of squares, it is not trusted. With rows that have
+    nothing to do with each other that sum is about as many times s^2 as there are rows, of which 32 at most come here.
+    """
+    zeros = tl.zeros([d.shape[0], d.shape[1]], tl.float32)
+    squares = tile_sum(d * multiply_add(gram, d, zeros, PRECISION))
+    at = tl.arange(0, d.shape[0])
+    diagonal = tl.sum(tl.where(at[:, None] == at[None, :], gram, 0.0), axis=1)
+    most = tl.sum(tl.sqrt(diagonal * tl.sum(d * d, axis=1)), axis=0)
+    # NaN is neither above nor below anything.
+    trusted = (TRUST * squares > most * most) & (squares > 1e-30) & (squares < 1e36)
+    return squares, trusted
 
 
 @triton.jit

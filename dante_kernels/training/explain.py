@@ -40,7 +40,7 @@ class LayerPlan:
         tiles = self.choice.tiles
         if tiles is None:
             return f"{self.choice.launches} launches a step"
-        return f"{tiles.split_out} x {tiles.split_in} programs of {tiles.units} x {tiles.num_warps * tiles.inputs} weights"
+        return f"{tiles.split_out} x {tiles.split_in} programs of {tiles.units} x {tiles.slices * tiles.inputs} weights"
 
 
 @dataclass(frozen=True)

@@ -91,12 +91,12 @@ def test_blocks_are_those_of_the_reference(shape, how):
 
 
 @pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[5]], ids=str)
-def test_twenty_unfair_schedules_give_the_same_bits(shape):
+def test_unfair_schedules_give_the_same_bits(shape, unfair):
     n_in, widths, batch = shape
     p = make_problem(seed=21, rows=50, n_in=n_in, widths=widths)
     order, table = torch.arange(100) % 50, schedule(50, batch)
     results = [
-        torch.cat([t.flatten() for t in run(p.clone(), batch, order, table, seed, 0.9, relative=True)]) for seed in range(20)
+        torch.cat([t.flatten() for t in run(p.clone(), batch, order, table, seed, 0.9, relative=True)]) for seed in unfair
     ]
     assert all(torch.equal(results[0], other) for other in results[1:])
 

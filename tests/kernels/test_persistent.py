@@ -141,17 +141,17 @@ TILED = [(*SHAPES[2], 40), (*SHAPES[3], 70)]
 
 
 @pytest.mark.parametrize("case", [*[(n_in, widths, 20) for n_in, widths in SHAPES[1:5]], *TILED, *REAL], ids=str)
-def test_twenty_unfair_schedules_give_the_same_bits(case):
+def test_unfair_schedules_give_the_same_bits(case, unfair):
     n_in, widths, batch = case
     p = make_problem(seed=7, rows=2 * batch + 5, n_in=n_in, widths=widths)
-    results = [assert_pass_is_right(p.clone(), batch, tiles(p, batch), seed=seed) for seed in range(20)]
+    results = [assert_pass_is_right(p.clone(), batch, tiles(p, batch), seed=seed) for seed in unfair]
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_the_paper_s_net_with_its_49_programs():
+def test_the_paper_s_net_with_its_28_programs():
     p = make_problem(seed=8, rows=27, n_in=784, widths=(100, 10))
     how = plan.persistent([784, 100, 10], 20, False, False, 132)
-    assert (how.split_out, how.split_in) == (7, 7)
+    assert (how.split_out, how.split_in) == (7, 4)
     assert_pass_is_right(p, 20, how)
 
 

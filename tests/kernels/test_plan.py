@@ -150,7 +150,7 @@ def test_small_layers_stay_on_chip_and_large_ones_do_not():
 
 def test_a_plan_that_serves_but_is_slower_is_not_chosen(monkeypatch):
     slow = plan.persistent([784, 100, 10], 20, False, False, 132)._replace(microseconds=1e3)
-    monkeypatch.setattr(plan, "persistent", lambda *args: slow)
+    monkeypatch.setattr(plan, "persistent", lambda *args, **rest: slow)
     found = plan.choose.__wrapped__(Shape((784, 100, 10), 20), H200, 132)
     assert found.plan == "fused"
     assert found.tiles is None

@@ -1,0 +1,224 @@
+"""The persistent kernel with one barrier a step: inputs split, and the norm from Gram matrices.
+
+Interpreted dots are plain float32, whatever precision the tiles name: what is proved here is all but the matrix units.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interleave import interleaved
+from support import ACTIVATIONS, LOSSES, Problem, as_float32, assert_error_rule, make_problem
+from test_persistent import (  # noqa: F401 - a fixture for all
+    LR,
+    MEET,
+    ONLY_ARRIVE,
+    WAIT,
+    assert_pass_is_right,
+    ends,
+    mutant,
+    poisoned_scratch,
+    run,
+    truth,
+)
+
+from dante_kernels import losses
+from dante_kernels.kernels import barrier, one_launch, plan
+from dante_kernels.kernels.fused import Call
+from dante_kernels.ops.layer import flatten
+
+
+def tiles(p: Problem, batch: int, inputs: int = 32) -> plan.Persistent:
+    n_next = p.suffix[0].weight.shape[0] if p.suffix else 0
+    return plan._one_barrier(*p.weight.shape, n_next, batch, inputs, "tf32", plan.H200)
+
+
+# With and without a next layer; units that fill a tile and those that do not.
+SHAPES = [(70, (37, 10)), (150, (16, 7)), (70, (37,)), (150, (12,))]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_pass_is_right_for_every_loss(shape, loss):
+    n_in, widths = shape
+    p = make_problem(seed=3, rows=47, n_in=n_in, widths=widths, loss=loss)
+    assert_pass_is_right(p, 20, tiles(p, 20))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("widths", [(37, 10), (12,)])
+def test_a_pass_is_right_for_every_activation(activation, widths):
+    p = make_problem(seed=4, rows=33, n_in=70, widths=widths, activation=activation)
+    assert_pass_is_right(p, 16, tiles(p, 16))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 32, 61])
+def test_momentum_bias_and_tails(nesterov, bias, rows):
+    p = make_problem(seed=5, rows=rows, n_in=70, widths=(20, 3), bias=bias)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    assert_pass_is_right(p, 32, tiles(p, 32), momentum=0.9, nesterov=nesterov, order=order)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+def test_strides_and_narrow_data(dtype):
+    p = make_problem(seed=6, rows=40, n_in=70, widths=(20, 3), class_indices=False, uint8=dtype == torch.uint8)
+    p.x = p.x.to(dtype)
+    straight = as_float32(p)
+    expected = truth(straight, 20, torch.float32)
+    run(straight, 20, tiles(p, 20))
+    p.weight, p.x, p.target = p.weight.t().contiguous().t(), p.x.t().contiguous().t(), p.target[:, [0, 1, 2]]
+    p.suffix = [p.suffix[0]._replace(weight=p.suffix[0].weight.t().contiguous().t())]
+    run(p, 20, tiles(p, 20))
+    assert torch.equal(p.weight, straight.weight)
+    torch.testing.assert_close(p.weight, expected[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [*[(*shape, 32) for shape in SHAPES], (392, (100, 10), 64)], ids=str)
+def test_unfair_schedules_give_the_same_bits(case, unfair):
+    n_in, widths, inputs = case
+    p = make_problem(seed=7, rows=45, n_in=n_in, widths=widths)
+    results = [assert_pass_is_right(p.clone(), 20, tiles(p, 20, inputs), seed=seed) for seed in unfair]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_a_pass_gives_the_bits_of_its_steps(shape):
+    n_in, widths = shape
+    p = make_problem(seed=9, rows=50, n_in=n_in, widths=widths)
+    q, how = p.clone(), tiles(p, 20)
+    losses_, norms = run(p, 20, how)
+    for step, rows in enumerate(torch.arange(50).split(20)):
+        loss, norm = run(q, len(rows), how, seed=step, order=rows)
+        assert torch.equal(torch.cat([loss, norm]), torch.stack([losses_[step], norms[step]]))
+    assert torch.equal(p.weight, q.weight)
+    assert torch.equal(p.bias, q.bias)
+
+
+def test_a_bad_row_changes_nothing():
+    p = make_problem(seed=10, rows=40, n_in=70, widths=(20, 3), class_indices=True)
+    p.target[25] = 3  # no such class
+    first, order = p.clone(), torch.arange(40)
+    losses_, norms = run(p, 20, tiles(p, 20))
+    run(first, 20, tiles(p, 20), order=order[:20])
+    assert torch.equal(p.weight, first.weight)
+    assert norms[1].isnan()
+    assert losses_[1].isnan()
+    p.target[25], order[30] = 0, 40  # the class exists now, a row does not
+    second = p.clone()
+    _, norms = run(p, 20, tiles(p, 20), order=order[20:])
+    assert norms.isnan().all()
+    assert torch.equal(p.weight, second.weight)
+
+
+def cancelling(seed: int = 12) -> Problem:
+    """The second mini-batch of 20 rows is ten rows and three times the same ones, whose D cancel theirs but for 1e-4."""
+    p = make_problem(seed=seed, rows=60, n_in=70, widths=(20,), activation="identity", bias=False, class_indices=False)
+    p.x[30:40] = 3 * p.x[20:30]
+    out = p.x @ p.weight.t()
+    push = torch.randn(10, 20, generator=torch.Generator().manual_seed(seed))
+    p.target[20:30], p.target[30:40] = out[20:30] + push, out[30:40] - push * (1 + 1e-4) / 3
+    return p
+
+
+def norm_after_cancelling(p: Problem, module=None, seed: int = 0) -> torch.Tensor:
+    """The norm of that mini-batch alone, from the weights at the start."""
+    rows = torch.arange(20, 40)
+    settings = {} if module is None else {"module": module}
+    return run(p.clone(), 20, tiles(p, 20), seed=seed, order=rows, **settings)[1]
+
+
+def test_a_norm_of_terms_that_cancel_is_taken_from_the_gradient():
+    p = cancelling()
+    rows = torch.arange(20, 40)
+    theirs, exact = (truth(p, 20, dtype, order=rows)[-1] for dtype in (torch.float32, torch.float64))
+    assert_error_rule("norm", norm_after_cancelling(p), theirs, exact)
+    assert_pass_is_right(p, 20, tiles(p, 20))  # before and after it the Gram norm serves
+
+
+def test_without_the_check_that_norm_would_be_wrong(tmp_path):
+    module = mutant(tmp_path, "            if not trusted:\n", 0, "            if False:\n")
+    p = cancelling()
+    assert not abs(norm_after_cancelling(p, module) / norm_after_cancelling(p) - 1).item() < 1e-3  # NaN where s^2 is negative
+
+
+@pytest.mark.parametrize(("target", "norm"), [(0.0, 0.0), (1e-17, None), (1e22, float("inf"))])
+def test_norms_that_are_nothing_or_beyond_what_squares_can_be(target, norm):
+    """0 where G is 0; and where s^2 leaves the range that the Gram norm is trusted in, what G's squares say."""
+    p = make_problem(seed=13, rows=20, n_in=70, widths=(20,), activation="identity", loss="mse", class_indices=False)
+    p.weight.zero_(), p.bias.zero_(), p.target.fill_(target)
+    exact = truth(p, 20, torch.float64)[-1]
+    _, norms = run(p, 20, tiles(p, 20), rule=(torch.ones(20, 70), torch.ones(20), 0.9, True))
+    expected = exact.float() if norm is None else torch.tensor([norm])
+    torch.testing.assert_close(norms, expected, rtol=1e-5, atol=0)
+    assert (p.weight == 0).all() == (norm is not None)
+
+
+MUTANTS = {
+    "no wait for Z": (WAIT, 0, "sense = ~sense\n", False),
+    "no barrier for Z": ("arrive(p_counter, program, PROGRAMS)\n", 0, "pass\n", False),
+    "one half of the exchange buffer": ("(step % 2) * (SPLIT_IN * z_slice)", 0, "0", False),
+    "no wait for the exact norm": (MEET, 5, ONLY_ARRIVE, True),
+    "no barrier for the exact norm": (MEET, 5, "pass\n", True),
+    "no bias in the norm": ("gram += 1.0\n", 0, "pass\n", False),
+    "rows of the next mini-batch too soon": ("ahead_m_row, ahead_x\n", 0, "ahead_m_row, x\n", False),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_schedules_see_what_is_missing(name, schedules, tmp_path, monkeypatch):
+    monkeypatch.setattr("interleave.TURNS", 3000)
+    old, nth, new, cancels = MUTANTS[name]
+    module = mutant(tmp_path, old, nth, new)
+    p = cancelling() if cancels else make_problem(seed=11, rows=60, n_in=150, widths=(12, 7))
+    right = p.clone()
+    run(right, 20, tiles(p, 20))
+    for seed in schedules:
+        barrier._counters.clear()
+        q = p.clone()
+        seen = not ends(lambda q=q, seed=seed: run(q, 20, tiles(q, 20), seed=seed, module=module))
+        assert seen or not torch.equal(q.weight, right.weight)
+    barrier._counters.clear()
+
+
+def test_models_side_by_side_have_the_bits_of_each_alone():
+    problems = [make_problem(seed=seed, rows=45, n_in=70, widths=(37, 10), class_indices=True) for seed in range(3)]
+    alone = [p.clone() for p in problems]
+    expected = [run(p, 20, tiles(p, 20)) for p in alone]
+
+    def call(p: Problem) -> Call:
+        return Call(
+            p.weight, p.bias, p.x, p.target, None, 20, *flatten(p.suffix, p.activation), losses.code(p.loss), torch.tensor(LR),
+            None, None, 0.0, False, p.x_scale,
+        )  # fmt: skip
+
+    calls = [call(p) for p in problems]
+    with interleaved(1) as grids:
+        results = one_launch.run(
+            [one_launch.model(c) for c in calls], calls[0].layers, 20, calls[0].loss, 0.0, False, 1.0, tiles(problems[0], 20)
+        )
+    assert grids == [9]
+    for p, q, got, wanted in zip(problems, alone, results, expected, strict=True):
+        assert torch.equal(p.weight, q.weight)
+        assert torch.equal(torch.stack(got), torch.stack(wanted))
+
+
+def test_the_model_chooses_it_where_tf32_is_allowed():
+    def chosen(widths, batch, precision, momentum=False, device=plan.H200, most=132):
+        return plan.persistent(widths, batch, False, momentum, most, device, precision=precision)
+
+    for precision in ("high", "medium"):
+        how = chosen([784, 100, 10], 20, precision)
+        assert how.one_barrier
+        assert (how.split_out, how.split_in, how.precision) == (1, 13, "tf32" if precision == "high" else "bf16")
+        assert chosen([784, 100, 10], 20, precision, momentum=True).split_in == 25
+    for how in (
+        chosen([784, 100, 10], 20, "highest"),
+        chosen([784, 100, 10], 33, "high"),
+        chosen([784, 129, 10], 20, "high"),
+        chosen([784, 100, 10], 20, "high", most=12),
+        chosen([784, 100, 10], 20, "high", device=plan.H200._replace(one_barrier=False)),
+        chosen([20, 15, 10], 20, "high"),
+    ):
+        assert how is None or not how.one_barrier
