@@ -25,7 +25,9 @@ settings.load_profile("repeatable")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Tests that are too long for every change."""
-    what = "compile for all compute capabilities, not one; 20 schedules of a kernel, not 5, and 10 of a broken one, not 3"
+    what = (
+        "compile for all compute capabilities, not one; 20 schedules of a kernel, not 5, 10 of a broken one, not 3; every size"
+    )
     parser.addoption("--nightly", action="store_true", help=what)
 
 
@@ -33,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def schedules(request: pytest.FixtureRequest) -> range:
     """Seeds of unfair schedules of a kernel's programs; in each of them what is broken must be seen."""
     return range(10 if request.config.getoption("--nightly") else 3)
+
+
+@pytest.fixture
+def pairs(request: pytest.FixtureRequest) -> int:
+    """Of how many pairs of a layer's inputs and outputs one is tried; all values of both come up."""
+    return 1 if request.config.getoption("--nightly") else 7
 
 
 @pytest.fixture

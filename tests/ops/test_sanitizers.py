@@ -79,8 +79,8 @@ def test_the_operator_tests_run_clean(package, isa):
     assert " passed" in out
 
 
-def test_every_size_from_1_to_70_runs_clean_and_right_on_avx512(package):
-    assert float(run(package, "avx512", "-c", SIZES)) < 2e-6
+def test_every_size_from_1_to_70_runs_clean_and_right_on_avx512(package, pairs):
+    assert float(run(package, "avx512", "-c", SIZES, str(pairs))) < 2e-6
 
 
 PLANTED = """
