@@ -5,8 +5,8 @@
 First correctness: every operator against the float64 reference on the CPU by the error rule of the tests, equality of a
 pass with its steps, short blocks and models in one launch, 200 repeats bitwise while another stream keeps the device busy,
 capture and replay as CUDA graphs, and compute-sanitizer on small cases where it is installed. Only when all of that holds,
-the timings: microseconds of an SNGD step against the same step and a plain SGD step by torch, eager and as CUDA graphs, in
-one process, interleaved. Results go to bench/results/ as JSON with device, versions and commit. ``--device cpu`` with
+the numbers that the cost model assumes, measured (`gpu_limits.py`), and the timings: microseconds of an SNGD step against the same
+step and a plain SGD step by torch, eager and as CUDA graphs, in one process, interleaved; and of many models side by side. Results go to bench/results/ as JSON with device, versions and commit. ``--device cpu`` with
 TRITON_INTERPRET=1 is a rehearsal without a GPU: a few of the checks, no timings.
 """
 
@@ -35,6 +35,7 @@ import torch
 from support import ACTIVATIONS, LOSSES, Problem, assert_error_rule, make_problem, net, weights
 
 import dante_kernels as dk
+from bench import gpu_limits
 from bench.peers.cuda_graph import graph_of
 from dante_kernels import losses, ops, reference
 from dante_kernels.ops import Layer, backends
@@ -45,7 +46,11 @@ SHAPES = [  # rows, n_in, widths of the active layer and its suffix
     (33, 784, (400, 200, 10)), (17, 65, (129, 31, 7, 5)), (50, 3072, (512, 10)), (40, 60, (30, 784)),
 ]  # fmt: skip
 PLANS = ("auto", "fused", "streamed")  # as DANTE_GPU_PLAN names them
-TIMED = [(784, 100, 10), (784, 400, 200, 10), (3072, 512, 10)]
+TIMED = [
+    *((widths, "highest") for widths in ((784, 100, 10), (784, 400, 200, 10), (3072, 512, 10))),
+    ((784, 100, 10), "high"),
+]  # fmt: skip
+MODELS = (1, 8, 32)
 BATCHES = (20, 100, 500)
 
 
@@ -132,13 +137,13 @@ def check_epoch_equals_steps(device: torch.device, few: bool) -> str:
 
     The plan may be chosen by the number of rows, so with "auto" all mini-batches are of one size.
     """
-    for plan, case in itertools.product(PLANS, cases(few)):
+    for precision, plan, case in itertools.product(("highest", "high"), PLANS, cases(few)):
         whole, single = (moved(make_problem(**case), device) for _ in range(2))
         rows = whole.x.shape[0]
         batch = max(1, rows // 3)
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(device)
         order = order[: rows // batch * batch] if plan == "auto" else order
-        with chosen_plan(plan):
+        with chosen_plan(plan), matmul_precision(precision):
             values, norms = ops.sngd_epoch_(*whole.args[:4], order, batch, *whole.args[4:], 0.1, backend="triton")
             for step, chosen in enumerate(order.split(batch)):
                 value, norm = ops.sngd_step_(
@@ -156,18 +161,18 @@ def check_repeats(device: torch.device, few: bool) -> str:
     load = torch.randn(2048, 2048, device=device) if device.type == "cuda" else None
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     shapes = [SHAPES[0]] if few else [SHAPES[2], SHAPES[3], SHAPES[5]]
-    for plan, (rows, n_in, widths) in itertools.product(PLANS, shapes):
+    for precision, plan, (rows, n_in, widths) in itertools.product(("highest", "high"), PLANS, shapes):
         first = None
         for _ in range(repeats):
             if stream is not None:
                 with torch.cuda.stream(stream):
                     load = (load @ load).clamp(-1, 1)
             problem = moved(make_problem(seed=3, rows=rows, n_in=n_in, widths=widths), device)
-            with chosen_plan(plan):
+            with chosen_plan(plan), matmul_precision(precision):
                 got = results_of(problem, "triton", 0.9)
             first = first or got
             same = all(torch.equal(a, b) for a, b in zip(first, got, strict=True))
-            assert same, f"{plan}, {n_in}-{widths} differs from run to run"
+            assert same, f"{plan}, {precision}, {n_in}-{widths} differs from run to run"
     return f"{repeats} repeats"
 
 
@@ -350,8 +355,8 @@ def competitors(widths: tuple[int, ...], batch: int, device: torch.device) -> tu
 def timings(device: torch.device) -> list[dict[str, Any]]:
     """Microseconds a step of each competitor, interleaved: median, p20 and p80."""
     rows = []
-    for widths in TIMED:
-        for batch in BATCHES:
+    for (widths, precision), batch in itertools.product(TIMED, BATCHES):
+        with matmul_precision(precision):
             steps, calls = competitors(widths, batch, device)
             samples: dict[str, list[float]] = {name: [] for name in calls}
             for repeat in range(33):
@@ -367,13 +372,35 @@ def timings(device: torch.device) -> list[dict[str, Any]]:
                 median = statistics.median(values)
                 rows.append(
                     {
-                        "net": "-".join(map(str, widths)), "batch": batch, "method": name, "us_per_step": median,
-                        "p20": p20, "p80": p80, "samples_per_second": batch * 1e6 / median,
+                        "net": "-".join(map(str, widths)), "batch": batch, "precision": precision, "method": name,
+                        "us_per_step": median, "p20": p20, "p80": p80, "samples_per_second": batch * 1e6 / median,
                     }
                 )  # fmt: skip
             best = min(r["us_per_step"] for r in rows[-len(calls) :] if "triton" not in r["method"])
             for r in rows[-len(calls) :]:
                 print(f"{r['net']:>16} batch {batch:>3} {r['method']:>23} {r['us_per_step']:9.2f} us, best peer {best:.2f}")
+    return rows
+
+
+def many_models(device: torch.device, counts: tuple[int, ...] = MODELS, steps: int = 200) -> list[dict[str, Any]]:
+    """Samples a second of all models of 784-100-10 side by side, batch 20, as a multiple of those of the first count."""
+    rows: list[dict[str, Any]] = []
+    for precision in ("highest", "high"):
+        for count in counts:
+            problems = [
+                moved(make_problem(seed=seed, rows=20 * steps, n_in=784, widths=(100, 10)), device) for seed in range(count)
+            ]
+            names = ("weight", "bias", "x", "target", "suffix", "activation", "loss")
+            calls = [
+                dict(zip(names, p.args, strict=True), order=None, batch_size=20, lr=1e-3, backend="triton") for p in problems
+            ]
+            with matmul_precision(precision):
+                took = gpu_limits.microseconds(lambda calls=calls: ops.sngd_epochs_(calls), device, 5)  # type: ignore[misc]
+            rows.append({"precision": precision, "models": count, "samples_per_second": count * 20 * steps * 1e6 / took})
+            rows[-1]["times_of_the_first"] = rows[-1]["samples_per_second"] / next(
+                row["samples_per_second"] for row in rows if row["precision"] == precision
+            )
+            print(f"{count:>3} models, {precision}: {rows[-1]['times_of_the_first']:.2f} times")
     return rows
 
 
@@ -428,7 +455,10 @@ def main() -> int:
         print(f"{check.__name__}: {outcome['status']} ({outcome['what']}), {outcome['seconds']} s", flush=True)
     passed = all(outcome["status"] != "failed" for outcome in report["checks"].values())
     if passed and device.type == "cuda":
-        report["timings"] = timings(device)
+        report["limits"] = gpu_limits.measure(device)
+        for name, number in report["limits"]["device"].items():
+            print(f"{name}: assumed {number['assumed']}, measured {number['measured']:.4g}")
+        report["timings"], report["many_models"] = timings(device), many_models(device)
     elif not passed:
         print("no timings: a speed is not reported while a check fails", file=sys.stderr)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Print what the GPU plans take by the cost model, as the table of docs/plans.md: nothing in it is measured.
+"""Print what the GPU plans take by the cost model, as the tables of docs/plans.md: nothing in them is measured.
 
 python bench/plan_table.py
 """
@@ -40,5 +40,27 @@ def lines() -> list[str]:
     return table
 
 
+# What is aimed at: so many times a plain step by a library, at the batch sizes above.
+AIMS = {NETS[0]: (5, 5, 5), NETS[1]: (3, 3, 3), NETS[2]: (3, 3, 1.5), NETS[4]: (1.3, 1.3, 1.3)}
+
+
+def aims() -> list[str]:
+    """The table of what is aimed at, and what the model says: a plain step's time over that of the chosen plan."""
+    table = [
+        "| net, first layer active | batch | aim | highest | high |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for widths, wanted in AIMS.items():
+        for batch, aim in zip(BATCHES, wanted, strict=True):
+            cells = ["-".join(map(str, widths)), str(batch), f"{aim:g}"]
+            for precision in ("highest", "high"):
+                shape = plan.Shape(widths, batch, precision=precision)
+                chosen = plan.choose(shape, plan.H200, plan.H200.multiprocessors)
+                ratio = cost.plain(shape, plan.H200).microseconds / chosen.microseconds
+                cells.append(f"{ratio:.1f}" if ratio >= aim else f"**{ratio:.1f}**")
+            table.append(f"| {' | '.join(cells)} |")
+    return table
+
+
 if __name__ == "__main__":
-    print("\n".join(lines()))
+    print("\n".join([*lines(), "", *aims()]))

@@ -53,6 +53,19 @@ def test_a_wrong_kernel_is_reported_and_not_timed(gpu_check, monkeypatch, tmp_pa
     assert report["timings"] == []
 
 
+def test_what_is_measured_on_a_gpu_is_rehearsed(gpu_check):
+    """The numbers mean nothing here; but every one of them is in the cost model's table, and each model's pass is made."""
+    from dante_kernels.kernels import cost
+
+    found = gpu_check.gpu_limits.measure(gpu_check.torch.device("cpu"), few=True)["device"]
+    assert set(found) | {"barrier", "barrier_program"} < set(cost.Device._fields)
+    assert all(number["assumed"] == getattr(cost.H200, name) for name, number in found.items())
+    assert gpu_check.gpu_limits.line({1: 1.0, 3: 2.0, 5: 3.0}) == pytest.approx((0.5, 0.5))
+    rows = gpu_check.many_models(gpu_check.torch.device("cpu"), counts=(1, 2), steps=1)
+    assert [(row["precision"], row["models"]) for row in rows] == [("highest", 1), ("highest", 2), ("high", 1), ("high", 2)]
+    assert rows[2]["times_of_the_first"] == 1
+
+
 def test_without_a_gpu_it_says_so(gpu_check, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from . import backends, checks, registration
 from .sngd import check_epoch, epoch, epoch_arguments
 
 _WRITTEN = registration.written(epoch)
+_PARAMETERS = inspect.signature(epoch_arguments).parameters
+_NAMES = _PARAMETERS.keys()
+_REQUIRED = {name for name, parameter in _PARAMETERS.items() if parameter.default is parameter.empty}
 
 
 def _kind(value: Any) -> Any:
@@ -19,6 +23,46 @@ def _kind(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     return tuple(map(_kind, value)) if isinstance(value, list) else value
+
+
+def outcomes(calls: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor] | Exception]:
+    """`sngd_epochs_`, with the error itself as the result of those calls that a backend could not serve together.
+
+    Errors of arguments, which are found before any call is made, are raised.
+    """
+    if isinstance(calls, Mapping) or not isinstance(calls, Sequence):
+        raise TypeError(f"calls: expected a list of mappings, got {type(calls).__name__}")
+    with torch.no_grad():
+        flat: list[tuple[Any, ...]] = []
+        changed: dict[str, Tensor | None] = {}
+        groups: dict[Any, list[int]] = {}
+        for i, call in enumerate(calls):
+            with checks.among("calls", i):
+                if not isinstance(call, Mapping):
+                    raise TypeError(f"expected a mapping of sngd_epoch_'s arguments by name, got {type(call).__name__}")
+                rest = dict(call)
+                backend = checks.backend_name(rest.pop("backend", "auto"))
+                if rest.keys() - _NAMES or _REQUIRED - rest.keys():
+                    wrong = sorted(rest.keys() - _NAMES) or [f"no {name}" for name in sorted(_REQUIRED - rest.keys())]
+                    raise TypeError(f"expected sngd_epoch_'s arguments by name, got {', '.join(wrong)}")
+                arguments = epoch_arguments(**rest)
+                check_epoch(*arguments)
+                served_by = backends.serving(backend, arguments[0].device, arguments[0].dtype)
+            flat.append(arguments)
+            changed.update({f"calls[{i}] {name}": arguments[place] for place, name in _WRITTEN.items()})
+            groups.setdefault((served_by, *map(_kind, arguments)), []).append(i)
+        checks.no_aliases(changed, tuple(value for arguments in flat for value in arguments))
+        results: dict[int, tuple[Tensor, Tensor] | Exception] = {}
+        for (served_by, *_), members in groups.items():
+            serving, group = backends.module(served_by), [flat[i] for i in members]
+            together = getattr(serving, "sngd_epochs_", None) if len(group) > 1 else None
+            try:
+                done = [serving.sngd_epoch_(*one) for one in group] if together is None else together(group)
+            except Exception as error:
+                done = [error] * len(group)
+            results.update(zip(members, done, strict=True))
+        registration.count_up(changed.values())
+    return [results[i] for i in range(len(flat))]
 
 
 def sngd_epochs_(calls: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]]:
@@ -46,26 +90,9 @@ def sngd_epochs_(calls: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tenso
     >>> weights
     [tensor([[0.7000, 0.6000]]), tensor([[0.4000, 0.2000]])]
     """
-    with torch.no_grad():
-        flat: list[tuple[Any, ...]] = []
-        changed: dict[str, Tensor | None] = {}
-        groups: dict[Any, list[int]] = {}
-        for i, call in enumerate(calls):
-            with checks.among("calls", i):
-                rest = dict(call)
-                backend = checks.backend_name(rest.pop("backend", "auto"))
-                arguments = epoch_arguments(**rest)
-                check_epoch(*arguments)
-                served_by = backends.serving(backend, arguments[0].device, arguments[0].dtype)
-            flat.append(arguments)
-            changed.update({f"calls[{i}] {name}": arguments[place] for place, name in _WRITTEN.items()})
-            groups.setdefault((served_by, *map(_kind, arguments)), []).append(i)
-        checks.no_aliases(changed, tuple(value for arguments in flat for value in arguments))
-        results: dict[int, tuple[Tensor, Tensor]] = {}
-        for (served_by, *_), members in groups.items():
-            serving, group = backends.module(served_by), [flat[i] for i in members]
-            together = getattr(serving, "sngd_epochs_", None) if len(group) > 1 else None
-            done = [serving.sngd_epoch_(*one) for one in group] if together is None else together(group)
-            results.update(zip(members, done, strict=True))
-        registration.count_up(changed.values())
-    return [results[i] for i in range(len(flat))]
+    results: list[tuple[Tensor, Tensor]] = []
+    for outcome in outcomes(calls):
+        if isinstance(outcome, Exception):
+            raise outcome
+        results.append(outcome)
+    return results

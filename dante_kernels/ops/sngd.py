@@ -182,7 +182,8 @@ def sngd_epoch_(
     """A whole pass of `sngd_step_` over mini-batches of x, in one call, without waiting for the device.
 
     Equal, bit for bit, to calling `sngd_step_` on x[order[i : i + batch_size]] for i = 0, batch_size, ...; the last
-    batch may be shorter. Arguments are those of `sngd_step_`, weight, bias and velocities **mutated** likewise, and:
+    batch may be shorter (on a GPU a call with so few rows may get another plan, and so equal this step up to rounding only).
+    Arguments are those of `sngd_step_`, weight, bias and velocities **mutated** likewise, and:
 
     Args:
         order: (n,) int64, the row numbers of x and target in the order in which they are visited, repeats allowed;

@@ -13,10 +13,14 @@ from torch import nn
 from .. import losses, network
 from ..ops import backends
 from ..ops.checks import number
+from .directions import MOMENTUM
 from .fit import PRECISIONS, _device, _whole
+from .schedules import INNER_STEPS
 
 if TYPE_CHECKING:
     from ..kernels import plan
+
+X_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,12 @@ class Explanation:
         layers: a `LayerPlan` for each layer.
         samples_per_second: rows of a mini-batch over the modelled time of one step on every trained layer; None where
             nothing is trained. Modelled, not measured.
+        blocks: the tiles with which `fit` runs a whole round of its default blocks in one launch; None where it does not.
     """
 
     layers: tuple[LayerPlan, ...]
     samples_per_second: float | None
+    blocks: plan.Persistent | None
     heading: str
     served_by: str
 
@@ -74,6 +80,9 @@ class Explanation:
         rate = []
         if self.samples_per_second is not None:
             rate = [f"a round, one pass of each layer without its prefix: {self.samples_per_second:,.0f} samples/s, modelled"]
+        if self.blocks is not None:
+            groups = f"{self.blocks.split_out} x {self.blocks.split_in} programs, {self.blocks.microseconds:.1f} us a step"
+            rate.append(f"a round of blocks of {INNER_STEPS} steps, fit's default, is one launch of {groups} of either layer")
         return "\n".join([self.heading, "", *table, "", *reasons, *rate, self.served_by])
 
     __repr__ = __str__
@@ -84,7 +93,8 @@ def explain(
     batch_size: int,
     *,
     loss: str = "mse",
-    momentum: float = 0.0,
+    momentum: float | None = None,
+    x_dtype: torch.dtype = torch.float32,
     precision: str | None = None,
     device: torch.device | str | None = None,
 ) -> Explanation:
@@ -96,9 +106,10 @@ def explain(
 
     Args:
         model: as for `fit`; not changed. Weights on the meta device will do.
-        batch_size: rows in a mini-batch, at least 1; x is taken to be float32.
+        batch_size: rows in a mini-batch, at least 1.
         loss: as for `fit`.
-        momentum: as for `fit`.
+        momentum: as for `fit`; None is the 0.9 that `fit` takes where no lr is given.
+        x_dtype: float32, bfloat16 or uint8, as `fit`'s x.
         precision: ``"highest"``, ``"high"`` or ``"medium"``; None takes what is set in torch.
         device: where the model would be trained; None takes where it is.
 
@@ -118,9 +129,11 @@ def explain(
     net = network.from_module(model, loss)
     code = losses.code(loss)
     batch = _whole("batch_size", batch_size, low=1)
-    velocity = number("momentum", momentum)
+    velocity = MOMENTUM if momentum is None else number("momentum", momentum)
     if not 0 <= velocity < 1:
         raise ValueError(f"momentum: expected a number from 0 to below 1, got {velocity}")
+    if x_dtype not in X_DTYPES:
+        raise ValueError(f"x_dtype: expected one of {', '.join(map(str, X_DTYPES))}, got {x_dtype!r}")
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     where = net.layers[0].weight.device if device is None else _device(device)
@@ -135,16 +148,21 @@ def explain(
     layers = []
     for i, (n_in, n_out) in enumerate(pairwise(widths)):
         bias = net.layers[i].bias is not None
-        shape = plan.Shape(tuple(widths[i:]), batch, code, bias, velocity > 0, torch.float32, switch)
+        shape = plan.Shape(tuple(widths[i:]), batch, code, bias, velocity > 0, x_dtype, switch)
         choice = plan.choose(shape, gpu, gpu.multiprocessors, wanted) if net.trainable[i] else None
         launched = 0.0 if choice is None else max(choice.microseconds, choice.launches * gpu.host_launch)
         layers.append(LayerPlan(i, net.names[i], n_in, n_out, choice, launched))
+    both = None
+    if all(net.trainable) and wanted in ("auto", "persistent"):
+        softmax = code == losses.CROSS_ENTROPY
+        both = plan.blocks(widths, batch, softmax, velocity > 0, INNER_STEPS, gpu.multiprocessors, gpu, switch)
     times = [layer.choice.microseconds for layer in layers if layer.choice is not None]
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "an H200"
     chain = "-".join(map(str, widths))
     return Explanation(
         tuple(layers),
         batch * 1e6 / sum(times) if times else None,
+        both,
         f"{chain}, {loss}, batch {batch}, precision {switch}: modelled for {name}, not measured",
         _served_by(where, net.layers[0].weight.dtype),
     )

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops import sngd_epochs_
 from ..ops.checks import among
+from ..ops.many import outcomes
 from .fit import fit, prepare
 from .history import History
 from .run import Run, matmul_precision
@@ -40,8 +40,9 @@ def fit_many(models: Sequence[nn.Module], x: Any, y: Any = None, **settings: Any
     """Train several independent models, each as `fit` alone would, side by side.
 
     On the CPU each model has a thread of its own, as many at a time as torch.get_num_threads(). On a GPU the models that are
-    at a pass of one kind (see `ops.sngd_epochs_`) make it in one launch where there is a kernel for it. Weights and records,
-    but for the seconds, are those of `fit` alone with the same settings: bit for bit where the operators' bits depend on
+    at a pass of one kind (see `ops.sngd_epochs_`) make it in one launch where there is a kernel for it; where `fit` runs a
+    whole round in one launch (docs/plans.md), each model does so by itself, one after the other. Weights and records, but
+    for the seconds, are those of `fit` alone with the same settings: bit for bit where the operators' bits depend on
     nothing else (``cpp``, ``triton``). The reference and fine-tuning compute with torch's products, whose bits may depend on
     the number of threads; there they are those of `fit` with one thread.
 
@@ -172,12 +173,13 @@ class _SideBySide:
                 call = self._advance(i, passes, results.get(i))
                 if call is not None:
                     calls[i] = call
-            training = {i: training[i] for i in calls}
             try:
-                results = dict(zip(calls, sngd_epochs_([*calls.values()]), strict=True))
+                results = dict(zip(calls, outcomes([*calls.values()]), strict=True))
             except Exception as error:
                 self.errors.update(dict.fromkeys(calls, error))
                 return
+            self.errors.update({i: result for i, result in results.items() if isinstance(result, Exception)})
+            training = {i: training[i] for i in calls if i not in self.errors}
 
     def _advance(self, i: int, passes: Passes[History], result: Any) -> dict[str, Any] | None:
         """Train up to the model's next pass; None where it has none, or shall not begin another block."""

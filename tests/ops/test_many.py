@@ -103,6 +103,9 @@ def test_another_layout_or_rule_is_another_kind(name, change, monkeypatch):
     [
         (lambda calls: calls[2].update(lr="fast"), TypeError, r"calls\[2\]: lr: expected a number"),
         (lambda calls: calls[2].update(backend="abacus"), ValueError, r"calls\[2\]: backend: expected auto or one of"),
+        (lambda calls: calls[2].update(rate=1), TypeError, r"calls\[2\]: expected sngd_epoch_'s arguments by name, got rate"),
+        (lambda calls: calls[2].pop("weight"), TypeError, r"calls\[2\]: expected .* by name, got no weight"),
+        (lambda calls: calls.__setitem__(2, 3), TypeError, r"calls\[2\]: expected a mapping of .*, got int"),
         (lambda calls: calls[2].update(batch_size=0), ValueError, r"calls\[2\]: batch_size: expected at least 1, got 0"),
         (lambda calls: calls[2].update(weight=calls[0]["weight"]), ValueError, r"calls\[\d\] weight: is changed in place, but"),
         (lambda calls: calls[0].update(suffix=[(calls[2]["bias"][:, None].T, None, "relu")], target=torch.zeros(7, 1)),
