@@ -5,9 +5,10 @@
 First correctness: every operator against the float64 reference on the CPU by the error rule of the tests, equality of a
 pass with its steps, short blocks and models in one launch, 200 repeats bitwise while another stream keeps the device busy,
 capture and replay as CUDA graphs, and compute-sanitizer on small cases where it is installed. Only when all of that holds,
-the numbers that the cost model assumes, measured (`gpu_limits.py`), and the timings: microseconds of an SNGD step against the same
-step and a plain SGD step by torch, eager and as CUDA graphs, in one process, interleaved; and of many models side by side. Results go to bench/results/ as JSON with device, versions and commit. ``--device cpu`` with
-TRITON_INTERPRET=1 is a rehearsal without a GPU: a few of the checks, no timings.
+the numbers that the cost model assumes, measured (`gpu_limits.py`), and the timings: microseconds of an SNGD step against
+the same step and a plain SGD step by torch, eager and as CUDA graphs, in one process, interleaved; and of many models side
+by side. Results go to bench/results/ as JSON with device, versions and commit. ``--device cpu`` with TRITON_INTERPRET=1 is
+a rehearsal without a GPU, some minutes long: a few of the checks, no timings.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ python bench/plan_table.py
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -62,5 +63,26 @@ def aims() -> list[str]:
     return table
 
 
+MODELS = 32
+
+
+def models() -> list[str]:
+    """The table of MODELS models of 784-100-10 side by side, batch 20: what they gain over one alone in its fastest tiles."""
+    table = [
+        f"| precision | momentum | programs of a model | models in a launch | us a step of {MODELS} | times one alone |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    most = plan.H200.multiprocessors
+    for precision, momentum in itertools.product(("highest", "high", "medium"), (False, True)):
+        how = plan.persistent([784, 100, 10], 20, False, momentum, most, precision=precision)
+        fastest = plan.persistent([784, 100, 10], 20, False, momentum, most, precision=precision, near=1.0)
+        took = plan.side_by_side(how, MODELS, most)
+        programs = how.split_out * how.split_in
+        gain = MODELS * fastest.microseconds / took
+        cells = (precision, "yes" if momentum else "no", programs, most // programs, f"{took:.1f}", f"{gain:.1f}")
+        table.append(f"| {' | '.join(map(str, cells))} |")
+    return table
+
+
 if __name__ == "__main__":
-    print("\n".join([*lines(), "", *aims()]))
+    print("\n".join([*lines(), "", *aims(), "", *models()]))

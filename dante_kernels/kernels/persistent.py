@@ -19,6 +19,7 @@ from .tile import (
     mini_batch,
     move,
     next_product,
+    of_model,
     part,
     product,
     rows_of,
@@ -28,8 +29,6 @@ from .tile import (
 )
 
 SPACING = tl.constexpr(barrier.SPACING)
-POINTERS = tl.constexpr(14)  # of a model, in the order of the kernel's arguments
-
 
 _VARYING = ["rows", "batch", "steps", "x_rows", "stride_order", "stride_tr", "stride_tc"]
 
@@ -103,26 +102,11 @@ def persistent(
         tiles = tl.cdiv(batch, BLOCK_B)
     z_size = tiles * BLOCK_B * BLOCK_OUT
     next_size = tiles * BLOCK_B * BLOCK_NEXT
+    p_x = of_model(p_x, p_offsets, model, 4)
+    p_target = of_model(p_target, p_offsets, model, 5)
+    p_order = of_model(p_order, p_offsets, model, 6)
+    p_lr = of_model(p_lr, p_offsets, model, 11)
     if p_offsets is not None:
-        p_offset = p_offsets + model * POINTERS
-        p_weight += tl.load(p_offset)
-        p_x += tl.load(p_offset + 4)
-        p_target += tl.load(p_offset + 5)
-        p_lr += tl.load(p_offset + 11)
-        p_losses += tl.load(p_offset + 12)
-        p_norms += tl.load(p_offset + 13)
-        if p_order is not None:
-            p_order += tl.load(p_offset + 6)
-        if p_bias is not None:
-            p_bias += tl.load(p_offset + 1)
-        if MOMENTUM:
-            p_velocity_weight += tl.load(p_offset + 2)
-            if p_bias is not None:
-                p_velocity_bias += tl.load(p_offset + 3)
-        if HAS_NEXT:
-            p_next_weight += tl.load(p_offset + 7)
-            if p_next_bias is not None:
-                p_next_bias += tl.load(p_offset + 8)
         if p_next_z is not None:
             p_next_z += model.to(tl.int64) * SPLIT_OUT * next_size
         if PROGRAMS > 1:
@@ -156,32 +140,42 @@ def persistent(
     m_every = every < PROGRAMS
 
     p_x_columns = p_x + tl.expand_dims(column_64, -2) * stride_xc
-    p_w = p_weight + unit_64[:, None] * stride_wo + tl.expand_dims(column_64, -2) * stride_wi
+    p_w = of_model(p_weight, p_offsets, model, 0)
+    p_w += unit_64[:, None] * stride_wo + tl.expand_dims(column_64, -2) * stride_wi
     w = tl.load(p_w, mask=m_w, other=0.0)
     v = w
     bias = tl.zeros([BLOCK_OUT], tl.float32)
     v_bias = bias
     if MOMENTUM:
-        p_v = p_velocity_weight + unit_64[:, None] * stride_vo + tl.expand_dims(column_64, -2) * stride_vi
+        p_v = of_model(p_velocity_weight, p_offsets, model, 2)
+        p_v += unit_64[:, None] * stride_vo + tl.expand_dims(column_64, -2) * stride_vi
         v = tl.load(p_v, mask=m_w, other=0.0)
     if p_bias is not None:
-        bias = tl.load(p_bias + unit_64 * stride_bias, mask=m_unit, other=0.0)
+        bias = tl.load(of_model(p_bias, p_offsets, model, 1) + unit_64 * stride_bias, mask=m_unit, other=0.0)
         if MOMENTUM:
-            v_bias = tl.load(p_velocity_bias + unit_64 * stride_vbias, mask=m_unit, other=0.0)
+            v_bias = tl.load(of_model(p_velocity_bias, p_offsets, model, 3) + unit_64 * stride_vbias, mask=m_unit, other=0.0)
     next_w = tl.zeros([BLOCK_NEXT, BLOCK_OUT], tl.float32)
     next_bias = tl.zeros([BLOCK_NEXT], tl.float32)
     if HAS_NEXT:
-        p_next_w = p_next_weight + following.to(tl.int64)[:, None] * stride_no + unit_64[None, :] * stride_ni
+        p_next_w = of_model(p_next_weight, p_offsets, model, 7)
+        p_next_w += following.to(tl.int64)[:, None] * stride_no + unit_64[None, :] * stride_ni
         next_w = tl.load(p_next_w, mask=m_next_w, other=0.0)
         if p_next_bias is not None:
-            next_bias = tl.load(p_next_bias + following.to(tl.int64) * stride_nbias, mask=m_next, other=0.0)
+            next_bias = tl.load(
+                of_model(p_next_bias, p_offsets, model, 8) + following.to(tl.int64) * stride_nbias, mask=m_next, other=0.0
+            )
     next_v = next_w
     next_v_bias = next_bias
     if ROUNDS and MOMENTUM:
-        p_next_v = p_next_velocity_weight + following.to(tl.int64)[:, None] * stride_nvo + unit_64[None, :] * stride_nvi
+        p_next_v = of_model(p_next_velocity_weight, p_offsets, model, 9)
+        p_next_v += following.to(tl.int64)[:, None] * stride_nvo + unit_64[None, :] * stride_nvi
         next_v = tl.load(p_next_v, mask=m_next_w, other=0.0)
         if p_next_bias is not None:
-            next_v_bias = tl.load(p_next_velocity_bias + following.to(tl.int64) * stride_nvbias, mask=m_next, other=0.0)
+            next_v_bias = tl.load(
+                of_model(p_next_velocity_bias, p_offsets, model, 10) + following.to(tl.int64) * stride_nvbias,
+                mask=m_next,
+                other=0.0,
+            )
 
     sense = tl.zeros([], tl.int32)
     if PROGRAMS > 1:
@@ -347,8 +341,8 @@ def persistent(
                 loss = tl.sum(exchanged(p_half + PROGRAMS + every, m_every), axis=0)
         norm = tl.sqrt_rn(squares)
         if program == 0:
-            tl.store(p_norms + step, norm)
-            tl.store(p_losses + step, divide(loss, elements))
+            tl.store(of_model(p_norms, p_offsets, model, 13) + step, norm)
+            tl.store(of_model(p_losses, p_offsets, model, 12) + step, divide(loss, elements))
         # NaN is neither above 0 nor below infinity.
         moves = (norm > 0) & (norm < float("inf"))
         now = moves & (acted == 0)
@@ -365,31 +359,38 @@ def persistent(
 
     # Addresses and masks once more, with a 0 that the compiler can't see: else it would keep the first in registers throughout.
     zero = tl.minimum(steps, 0)
+    again = model + zero
     unit, m_unit = part(unit_group, share_out + zero, n_out, local_unit)
     column, m_column = part(input_group, share_in + zero, n_in, local_input)
     m_w = m_unit[:, None] & tl.expand_dims(m_column, -2)
     unit_64 = unit.to(tl.int64)
     column_64 = column.to(tl.int64)
-    p_w = p_weight + unit_64[:, None] * stride_wo + tl.expand_dims(column_64, -2) * stride_wi
+    p_w = of_model(p_weight, p_offsets, again, 0)
+    p_w += unit_64[:, None] * stride_wo + tl.expand_dims(column_64, -2) * stride_wi
     tl.store(p_w, w, mask=m_w)
     if MOMENTUM:
-        p_v = p_velocity_weight + unit_64[:, None] * stride_vo + tl.expand_dims(column_64, -2) * stride_vi
+        p_v = of_model(p_velocity_weight, p_offsets, again, 2)
+        p_v += unit_64[:, None] * stride_vo + tl.expand_dims(column_64, -2) * stride_vi
         tl.store(p_v, v, mask=m_w)
     if p_bias is not None:
         if input_group == 0:
-            tl.store(p_bias + unit_64 * stride_bias, bias, mask=m_unit)
+            tl.store(of_model(p_bias, p_offsets, again, 1) + unit_64 * stride_bias, bias, mask=m_unit)
             if MOMENTUM:
-                tl.store(p_velocity_bias + unit_64 * stride_vbias, v_bias, mask=m_unit)
+                tl.store(of_model(p_velocity_bias, p_offsets, again, 3) + unit_64 * stride_vbias, v_bias, mask=m_unit)
     if ROUNDS:
         m_next_w = m_next[:, None] & m_unit[None, :] & (input_group == 0)
-        p_next_w = p_next_weight + following.to(tl.int64)[:, None] * stride_no + unit_64[None, :] * stride_ni
+        p_next_w = of_model(p_next_weight, p_offsets, again, 7)
+        p_next_w += following.to(tl.int64)[:, None] * stride_no + unit_64[None, :] * stride_ni
         tl.store(p_next_w, next_w, mask=m_next_w)
         if MOMENTUM:
-            p_next_v = p_next_velocity_weight + following.to(tl.int64)[:, None] * stride_nvo + unit_64[None, :] * stride_nvi
+            p_next_v = of_model(p_next_velocity_weight, p_offsets, again, 9)
+            p_next_v += following.to(tl.int64)[:, None] * stride_nvo + unit_64[None, :] * stride_nvi
             tl.store(p_next_v, next_v, mask=m_next_w)
         if p_next_bias is not None:
             if program == 0:
-                tl.store(p_next_bias + following.to(tl.int64) * stride_nbias, next_bias, mask=m_next)
+                tl.store(
+                    of_model(p_next_bias, p_offsets, again, 8) + following.to(tl.int64) * stride_nbias, next_bias, mask=m_next
+                )
                 if MOMENTUM:
-                    p_next_vb = p_next_velocity_bias + following.to(tl.int64) * stride_nvbias
+                    p_next_vb = of_model(p_next_velocity_bias, p_offsets, again, 10) + following.to(tl.int64) * stride_nvbias
                     tl.store(p_next_vb, next_v_bias, mask=m_next)

@@ -30,6 +30,7 @@ __all__ = [
     "choose",
     "device_of",
     "persistent",
+    "side_by_side",
 ]
 
 
@@ -46,6 +47,7 @@ class Persistent(NamedTuple):
     num_warps: int
     precision: str
     one_barrier: bool  # with the Gram norm
+    drawn: float  # MB that a program reads and writes in a step
     microseconds: float
 
 
@@ -54,11 +56,26 @@ class Persistent(NamedTuple):
 PERSISTENT_REGISTERS = 160
 
 # The form with one barrier: its most rows and units, and the inputs of a program, without momentum and with it. Found by
-# compiling: with more, with three tf32 products, or for another capability than 9.0 some specialization spills.
+# compiling: with more, with three tf32 products, for another capability than 9.0, or with less than 64 units before another
+# layer some specialization spills.
 ONE_BARRIER_ROWS, ONE_BARRIER_UNITS, ONE_BARRIER_INPUTS = 32, 128, (64, 32)
 
 # A modelled time within this factor of the best is as good: the model is no better than that.
 NEAR = 1.15
+
+
+def _from_l2(how: Persistent, models: int, device: Device) -> float:
+    """Microseconds that the programs of so many models side by side draw from L2 in a step."""
+    programs = models * how.split_out * how.split_in
+    return max(how.drawn / device.l2_per_multiprocessor, programs * how.drawn / device.l2)
+
+
+def side_by_side(how: Persistent, models: int, most_programs: int, device: Device = H200) -> float:
+    """Microseconds of a step of so many models, in as few launches, one after the other, as there is room for."""
+    at_once = most_programs // (how.split_out * how.split_in)
+    launches = [at_once] * (models // at_once) + [models % at_once] * (models % at_once > 0)
+    alone = how.microseconds - _from_l2(how, 1, device)
+    return sum(alone + _from_l2(how, together, device) for together in launches)
 
 
 def _persistent(
@@ -76,21 +93,24 @@ def _persistent(
         barriers = (split_in > 1) + 2 * (programs > 1)
         exchanged = (2 * warps * inputs + 2 * units + split_out * n_next) * padded
     time = barriers * (device.barrier + device.barrier_program * programs) + (tiles - 1) * device.tile
-    time += products / 1e6 / device.fma + 4 * exchanged / 1e6 / device.l2_per_multiprocessor
-    return Persistent(rows, units, inputs, next_units, split_out, split_in, warps, warps, "ieee", False, time)
+    time += products / 1e6 / device.fma
+    how = Persistent(
+        rows, units, inputs, next_units, split_out, split_in, warps, warps, "ieee", False, 4 * exchanged / 1e6, time
+    )
+    return how._replace(microseconds=time + _from_l2(how, 1, device))
 
 
 def _one_barrier(
     n_out: int, n_in: int, n_next: int, batch: int, inputs: int, precision: str, device: Device, rows: int = 32
 ) -> Persistent:
     """The form with the Gram norm: every program has all units of some inputs, in a tile for the matrix units."""
-    split_in, units = -(-n_in // inputs), power_of_two(n_out, 16, 128)
+    split_in, units = -(-n_in // inputs), power_of_two(n_out, 64 if n_next else 16, 128)
     next_units = power_of_two(n_next, 16, 64) if n_next else 16
     products = rows * (2 * inputs * units + rows * (inputs + units) + (2 * units * next_units if n_next else 0))
     exchanged = batch * inputs + split_in * batch * (n_out + batch)
-    time = device.barrier + device.barrier_program * split_in
-    time += products / 1e6 / device.rate(precision) + 4 * exchanged / 1e6 / device.l2_per_multiprocessor
-    return Persistent(rows, units, inputs, next_units, 1, split_in, 1, 8, precision, True, time)
+    time = device.barrier + device.barrier_program * split_in + products / 1e6 / device.rate(precision)
+    how = Persistent(rows, units, inputs, next_units, 1, split_in, 1, 8, precision, True, 4 * exchanged / 1e6, time)
+    return how._replace(microseconds=time + _from_l2(how, 1, device))
 
 
 def persistent(
@@ -103,6 +123,7 @@ def persistent(
     both: bool = False,
     precision: str = "highest",
     x_dtype: torch.dtype = torch.float32,
+    near: float = NEAR,
 ) -> Persistent | None:
     """The tiles of the persistent plan: of those near the fastest, by the model, the ones with the fewest programs.
 
@@ -112,8 +133,8 @@ def persistent(
     `widths` are n_in, n_out and the widths of the suffix. It serves the last layer and the one before it, where the layer
     fits the registers of at most `most_programs` programs. Its arithmetic is plain float32 whatever the precision switch
     allows: that costs little there, and tf32 needs registers that the tiles have. Only the form with one barrier a step has
-    its products on the matrix units, in the switch's `precision`. `both` says that the last layer is trained too, in turn
-    with the one before it.
+    its products on the matrix units, in the switch's `precision`. Times up to `near` times the fastest count as equal.
+    `both` says that the last layer is trained too, in turn with the one before it.
     """
     n_in, n_out, *suffix = widths
     n_next = suffix[0] if suffix else 0
@@ -136,8 +157,8 @@ def persistent(
         tiles = _one_barrier(n_out, n_in, n_next, batch, inputs, "tf32" if precision == "high" else "bf16", device)
         if 1 < tiles.split_in <= most_programs:
             fitting.append((tiles.split_in, tiles.microseconds, tiles))
-    near = NEAR * min((time for _, time, _ in fitting), default=0.0)
-    return min((one for one in fitting if one[1] <= near), default=(0, 0.0, None))[2]
+    longest = near * min((time for _, time, _ in fitting), default=0.0)
+    return min((one for one in fitting if one[1] <= longest), default=(0, 0.0, None))[2]
 
 
 def blocks(

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-# ruff: noqa: SIM108 - an `if` on a constexpr is decided at compile time, and stands apart from the others
+# ruff: noqa: SIM102, SIM108 - an `if` on a constexpr is decided at compile time, and stands apart from the others
 """What a program of the persistent kernel does with one tile of rows, and with its part of a layer."""
 
 from __future__ import annotations
@@ -24,6 +24,17 @@ from .layers import softmax_tile
 
 # How many times a Gram norm's square may be below the bound of its terms.
 TRUST = tl.constexpr(64.0)
+
+POINTERS = tl.constexpr(14)  # of a model, in the order of the persistent kernel's arguments
+
+
+@triton.jit
+def of_model(p, p_offsets, model, PLACE: tl.constexpr):
+    """A model's own pointer: the call's, and with `offsets` (models, POINTERS) so many elements after it; None stays None."""
+    if p is not None:
+        if p_offsets is not None:
+            p += tl.load(p_offsets + model * POINTERS + PLACE)
+    return p
 
 
 @triton.jit
@@ -130,8 +141,8 @@ def gram_squares(d, gram, PRECISION: tl.constexpr):
     at = tl.arange(0, d.shape[0])
     diagonal = tl.sum(tl.where(at[:, None] == at[None, :], gram, 0.0), axis=1)
     most = tl.sum(tl.sqrt(diagonal * tl.sum(d * d, axis=1)), axis=0)
-    # NaN is neither above nor below anything.
-    trusted = (TRUST * squares > most * most) & (squares > 1e-30) & (squares < 1e36)
+    # s is at most that sum, unless squares of D underflow. NaN is neither above nor below anything.
+    trusted = (TRUST * squares > most * most) & (squares < 1.01 * most * most) & (squares > 1e-30) & (squares < 1e36)
     return squares, trusted
 
 

@@ -86,6 +86,13 @@ PERSISTENT_CASES = [
     ((784, 10), 20, "cross_entropy", LEAKY, "high", "momentum"),
     ((784, 10), 20, "cross_entropy", LEAKY, "medium", ""),
     ((100, 40, 10), 20, "mse", LEAKY, "high", "momentum"),
+    ((784, 32, 10), 20, "cross_entropy", TANH, "high", "uint8"),
+    ((784, 17, 64), 20, "binary_cross_entropy", SIGMOID, "high", ""),
+    ((784, 100, 10), 20, "mse", LEAKY, "highest", "momentum, two models"),
+    ((784, 100, 10), 20, "mse", LEAKY, "high", "momentum, two models"),
+    ((784, 100, 10), 20, "cross_entropy", TANH, "high", "two models"),
+    ((784, 128, 64), 20, "binary_cross_entropy", SIGMOID, "high", "uint8 two models"),
+    ((784, 10), 20, "cross_entropy", LEAKY, "highest", "two models"),
 ]
 
 # widths, batch, with momentum and rates relative to the layer's norm
@@ -149,6 +156,7 @@ class Collector:
                 label += f", {constants['BLOCK_NEXT'] if args[6] is not None else 'no'} next rows"
             if persistent:
                 label += f" x {num_warps} warps, {constants['SPLIT_OUT']} x {constants['SPLIT_IN']} programs"
+                label += ", models" if signature["p_offsets"] != "constexpr" else ""
                 label += ", blocks" if signature["p_schedule"] != "constexpr" else ""
         if label.startswith("gram"):
             label += f" {constants['BLOCK']}"
@@ -181,10 +189,14 @@ def run_case(widths, batch, loss, activation, precision, special) -> None:
     momentum = 0.9 if "momentum" in special else 0.0
     numbers = activation * len(weights)
     code, lr = losses.code(loss), torch.tensor(0.1)
-    kernels.sngd_epoch_(
+    call = (
         weights[0], biases[0], x, target, order, batch, weights[1:], biases[1:], numbers, code, lr,
         *velocities, momentum, momentum > 0, x_scale,
     )  # fmt: skip
+    if "two models" in special:
+        kernels.sngd_epochs_([call, call])
+        return
+    kernels.sngd_epoch_(*call)
     kernels.layer_forward(x, weights[0], biases[0], activation, x_scale)
     if "momentum" in special and len(weights) > 1:
         kernels.layer_gradient(weights[0], None, x, target, weights[1:], biases[1:], numbers, code, x_scale)

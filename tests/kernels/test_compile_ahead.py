@@ -58,13 +58,25 @@ def test_all_capabilities_are_compiled(compiled: list[dict], capabilities: list[
     assert {e["capability"] for e in compiled} == set(capabilities)
 
 
+def allowed(e: dict) -> tuple[int, int]:
+    """Bytes of stack, and accesses to it in a step, that a kernel may have: none, but for three kinds of persistent ones.
+
+    All of them keep up to 16 bytes of addresses there for their end; one specialization for sm_100 goes there three times in a
+    step; and of those with one barrier, for models side by side, one goes there once and keeps more for its end.
+    """
+    if "persistent" not in e["kernel"]:
+        return 0, 0
+    if ", models" in e["kernel"] and "ieee" not in e["kernel"]:
+        return 288, 1
+    return 16, 3 if e["capability"] == 100 else 0
+
+
 def test_nothing_spills_in_a_step(compiled: list[dict]) -> None:
-    """But for one specialization for sm_100, which has three accesses to a word of its stack in its loops."""
-    assert not offenders(compiled, lambda e: e["spills"] > (3 if "persistent" in e["kernel"] and e["capability"] == 100 else 0))
+    assert not offenders(compiled, lambda e: e["spills"] > allowed(e)[1])
 
 
 def test_the_stack_holds_nothing_but_addresses_that_only_a_persistent_kernels_end_needs(compiled: list[dict]) -> None:
-    assert not offenders(compiled, lambda e: e["stack"] > (16 if "persistent" in e["kernel"] else 0))
+    assert not offenders(compiled, lambda e: e["stack"] > allowed(e)[0])
 
 
 def test_a_spill_in_a_loop_is_seen() -> None:

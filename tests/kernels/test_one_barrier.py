@@ -21,6 +21,7 @@ from test_persistent import (  # noqa: F401 - a fixture for all
     run,
     truth,
 )
+from triton.runtime import interpreter
 
 from dante_kernels import losses
 from dante_kernels.kernels import barrier, one_launch, plan
@@ -112,13 +113,13 @@ def test_a_bad_row_changes_nothing():
     assert torch.equal(p.weight, second.weight)
 
 
-def cancelling(seed: int = 12) -> Problem:
-    """The second mini-batch of 20 rows is ten rows and three times the same ones, whose D cancel theirs but for 1e-4."""
+def cancelling(seed: int = 12, left: float = 1e-4) -> Problem:
+    """The second mini-batch of 20 rows is ten rows and three times the same ones, whose D cancel theirs but for so much."""
     p = make_problem(seed=seed, rows=60, n_in=70, widths=(20,), activation="identity", bias=False, class_indices=False)
     p.x[30:40] = 3 * p.x[20:30]
     out = p.x @ p.weight.t()
     push = torch.randn(10, 20, generator=torch.Generator().manual_seed(seed))
-    p.target[20:30], p.target[30:40] = out[20:30] + push, out[30:40] - push * (1 + 1e-4) / 3
+    p.target[20:30], p.target[30:40] = out[20:30] + push, out[30:40] - push * (1 + left) / 3
     return p
 
 
@@ -141,6 +142,53 @@ def test_without_the_check_that_norm_would_be_wrong(tmp_path):
     module = mutant(tmp_path, "            if not trusted:\n", 0, "            if False:\n")
     p = cancelling()
     assert not abs(norm_after_cancelling(p, module) / norm_after_cancelling(p) - 1).item() < 1e-3  # NaN where s^2 is negative
+
+
+def barriers_of(p: Problem, monkeypatch, order=None) -> float:
+    """Grid barriers a step of a pass over these rows in mini-batches of 20."""
+    builder, arrived = interpreter.interpreter_builder, []
+    original = type(builder).create_atomic_rmw
+
+    def create_atomic_rmw(self, op, pointer, value, *rest):
+        arrived.append(value.data.any())
+        return original(self, op, pointer, value, *rest)
+
+    monkeypatch.setattr(type(builder), "create_atomic_rmw", create_atomic_rmw)
+    how = tiles(p, 20)
+    _, norms = run(p, 20, how, order=order)
+    monkeypatch.undo()
+    return sum(arrived) / how.split_in / len(norms)
+
+
+def test_a_step_has_one_barrier(monkeypatch):
+    assert barriers_of(make_problem(seed=7, rows=45, n_in=150, widths=(37, 10)), monkeypatch) == 1
+
+
+@pytest.mark.parametrize(("ratio", "barriers"), [(50, 1), (80, 2)])
+def test_the_gram_norm_is_trusted_up_to_64_times_its_square(ratio, barriers, monkeypatch):
+    def bound_over_square(left: float) -> float:
+        p, rows = cancelling(left=left).to(torch.float64), slice(20, 40)
+        x, d = p.x[rows], p.x[rows] @ p.weight.t() - p.target[rows]
+        return ((x.norm(dim=1) * d.norm(dim=1)).sum() / (d.t() @ x).norm()).item() ** 2
+
+    low, high = 1e-4, 10.0  # more left over, less cancels
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if bound_over_square(middle) > ratio else (low, middle)
+    assert bound_over_square(low) == pytest.approx(ratio, rel=1e-3)
+    assert barriers_of(cancelling(left=low), monkeypatch, torch.arange(20, 40)) == barriers
+
+
+def test_with_bfloat16_products_the_gram_norm_keeps_its_digits():
+    """All numbers are exact in bfloat16, but for D and the Gram matrices."""
+    p = make_problem(seed=14, rows=20, n_in=70, widths=(20,), activation="identity", class_indices=False)
+    generator = torch.Generator().manual_seed(0)
+    p.x, p.target = (torch.randint(-8, 9, t.shape, generator=generator) / 8 for t in (p.x, p.target))
+    p.weight.copy_(torch.randint(-8, 9, p.weight.shape, generator=generator) / 8)
+    p.bias.zero_()
+    exact = truth(p, 20, torch.float64)[-1]
+    _, norms = run(p, 20, tiles(p, 20)._replace(precision="bf16"))
+    torch.testing.assert_close(norms.double(), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("target", "norm"), [(0.0, 0.0), (1e-17, None), (1e22, float("inf"))])

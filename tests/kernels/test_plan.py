@@ -195,6 +195,17 @@ def test_the_reason_names_what_stands_against_the_persistent_plan(widths, batch,
         choose(widths, batch, wanted="persistent", **rest)
 
 
+def test_models_side_by_side_share_l2_and_what_has_no_room_waits():
+    how = plan.persistent([784, 100, 10], 20, False, False, 132, precision="high")
+    alone, ten = (plan.side_by_side(how, models, 132) for models in (1, 10))
+    assert alone == pytest.approx(how.microseconds)
+    shared = 10 * how.split_in * how.drawn / H200.l2 - how.drawn / H200.l2_per_multiprocessor
+    assert ten == pytest.approx(alone + shared)
+    assert shared > 0
+    assert plan.side_by_side(how, 11, 132) == pytest.approx(ten + alone)
+    assert plan.side_by_side(how, 10, 132, H200._replace(l2=1e9)) == pytest.approx(alone)
+
+
 def test_what_is_wanted_is_taken_and_what_is_unknown_refused():
     for wanted in plan.SERVED:
         found = choose((784, 100, 10), 20, wanted=wanted)
@@ -213,7 +224,7 @@ def test_the_tables_in_the_docs_are_what_the_model_says():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     text = (ROOT / "docs" / "plans.md").read_text()
-    for table in (script.lines(), script.aims()):
+    for table in (script.lines(), script.aims(), script.models()):
         assert "\n".join(table) in text, "run python bench/plan_table.py"
 
 
