@@ -19,7 +19,7 @@ from dante_kernels.training.schedules import default_rounds
 from .defaults_rows import Row, best, case, of
 
 NETS = {"airfoil": "5-100-1", "fires": "29-100-1", "ccpp": "4-100-1"}
-SEEDS = 5  # each with a split of its own
+SEEDS = range(1, 6)  # each with a split of its own
 RATES = {"dante": (0.0003, 0.001, 0.003, 0.01), "sgd": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)}
 
 
@@ -27,7 +27,7 @@ def cases() -> Iterator[Row]:
     """All trainings: every rate with every split."""
     for name, net in NETS.items():
         for method, rates in RATES.items():
-            yield from (case(name, net, "leaky_relu", "mse", method, rate, seed) for rate in rates for seed in range(SEEDS))
+            yield from (case(name, net, "leaky_relu", "mse", method, rate, seed) for rate in rates for seed in SEEDS)
 
 
 def train(row: Row, directory: Path) -> Row:
@@ -68,7 +68,7 @@ def table(rows: list[Row]) -> str:
     lines = [head, "| --- " * 5 + "|"]
 
     def shown(found: list[Row], name: str = "test_loss") -> str:
-        if len(found) < SEEDS:
+        if len(found) < len(SEEDS):
             return "not run"
         return f"{statistics.mean(row[name] for row in found):.4g} ± {statistics.stdev(row[name] for row in found):.2g}"
 
