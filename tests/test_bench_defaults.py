@@ -24,7 +24,7 @@ def test_a_small_table_at_the_default_rate_is_fit_with_nothing_set(tmp_path):
 def test_a_rate_that_diverges_with_one_split_is_not_the_best():
     results = {0.1: [0.1] * 4 + [None], 0.03: [0.2] * 5}
     rows = [
-        case(*CCPP, "sgd", rate, seed) | {"validation_loss": 0.1 * rate, "test_loss": loss, "mean_loss": 1.0}
+        case(*CCPP, "sgd", rate, seed) | {"validation_loss": 1 - rate, "test_loss": loss, "mean_loss": 1.0}
         for rate, losses in results.items()
         for seed, loss in enumerate(losses)
     ]
