@@ -2,7 +2,7 @@
 
 ``python -m bench.defaults --data-dir DIR`` trains what bench/results/defaults.jsonl has no row of yet, in the order of `cases`
 (about three hours on one core for all; ``--jobs`` trains side by side), and ``--table`` prints the tables. DIR has a folder of
-IDX files for each data set.
+IDX files for each data set of pictures, and the tables in `uci`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from dante_kernels import data
 from dante_kernels.reproduce import runs
 from dante_kernels.reproduce.problems import Problem
 
-ROWS = Path(__file__).parent / "results" / "defaults.jsonl"
-Row = dict[str, Any]
+from . import defaults_long, defaults_uci
+from .defaults_rows import ROWS, Row, best, case, key, of, read
+
 EPOCHS, BATCH = 8, 100
 ONE, TWO, THREE, FIVE = "784-100-10", "784-400-200-10", "784-400-200-100-10", "784-600-400-200-100-50-10"
 DANTE_RATES = {"leaky_relu": (0.001, 0.002, 0.003, 0.005), "sigmoid": (0.001, 0.002, 0.003, 0.005)}
@@ -48,8 +49,10 @@ GRIDS = [
 ]
 # Nets that the papers have beside them; with these the rates were not searched, but for SGD's better of two.
 MORE_NETS = [("mnist", net, "leaky_relu", "mse") for net in ("784-250-10", "784-600-10", "784-100-100-10")]
-# One setting changed at a time, with the rate that it then takes.
+# One setting changed at a time, with the rate that it then takes; plain SGD's is for cross-entropy.
 VARIANTS: list[tuple[float, Row]] = [
+    (0.003, {"output_rate": 0.3}),
+    (0.003, {"output_rate": 0.1}),
     (0.003, {"inner_steps": 5}),
     (0.003, {"inner_steps": 60}),
     (0.003, {"inner_steps": 600}),
@@ -57,6 +60,7 @@ VARIANTS: list[tuple[float, Row]] = [
     (0.003, {"reset_momentum": True}),
     (0.03, {"relative_lr": False}),
     (0.003, {"direction": "nesterov"}),
+    (0.03, {"direction": "sgd", "relative_lr": False}),
     (0.003, {"order": "output first"}),
     (0.003, {"lr_schedule": "constant"}),
     (0.003, {"lr_schedule": "warm-up"}),
@@ -93,11 +97,6 @@ class OutputFirst(dk.RoundRobin):
 
 def cases() -> Iterator[Row]:
     """All trainings: the grids of rates, more seeds, and the variants."""
-
-    def case(data_set: str, net: str, activation: str, loss: str, method: str, rate: float, seed: int, **settings: Any) -> Row:
-        names = ("data", "net", "activation", "loss", "method", "rate", "seed", "settings")
-        return dict(zip(names, (data_set, net, activation, loss, method, rate, seed, settings), strict=True))
-
     for grid in GRIDS:
         yield from (case(*grid, "dante", rate, 0) for rate in DANTE_RATES[grid[2]])
         yield from (case(*grid, "sgd", rate, 0) for rate in SGD_RATES[grid[2], grid[3]])
@@ -109,33 +108,13 @@ def cases() -> Iterator[Row]:
         yield from (case(*grid, method, rates[method], seed) for method in rates for seed in range(3))
     for net, loss, (rate, change) in itertools.product((ONE, THREE), ("mse", "cross_entropy"), VARIANTS):
         yield case("mnist", net, "leaky_relu", loss, "dante", rate, 0, **change)
+    yield from defaults_long.cases(read())
+    yield from defaults_uci.cases()
 
 
 def grid_of(grid: tuple[str, str, str, str]) -> Row:
     """What all trainings of one of `GRIDS` share."""
     return dict(zip(("data", "net", "activation", "loss", "settings"), (*grid, {}), strict=True))
-
-
-def of(rows: list[Row], **wanted: Any) -> list[Row]:
-    """The rows that have these values."""
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-
-
-def best(rows: list[Row], otherwise: float) -> float:
-    """The rate of the least validation loss, averaged over those seeds that every rate has."""
-    by_rate = {rate: of(rows, rate=rate) for rate in {row["rate"] for row in rows}}
-    most = max((len(found) for found in by_rate.values()), default=0)
-    whole = {
-        rate: statistics.mean(row["validation_loss"] for row in found)
-        for rate, found in by_rate.items()
-        if len(found) == most and all(row["validation_loss"] is not None for row in found)
-    }
-    return min(whole, key=lambda rate: whole[rate], default=otherwise)
-
-
-def key(row: Row) -> str:
-    """The same for the same training."""
-    return json.dumps([row[name] for name in ("data", "net", "activation", "loss", "method", "rate", "seed", "settings")])
 
 
 def train(row: Row, split: data.Dataset) -> Row:
@@ -162,6 +141,8 @@ def train(row: Row, split: data.Dataset) -> Row:
         for weight in (p for p in model.parameters() if p.dim() == 2):
             initialise(weight)
     kind = OutputFirst if settings.pop("order", "") else dk.RoundRobin
+    # The rate of the output layer, as a part of the others'.
+    lr = [row["rate"]] * (len(widths) - 2) + [settings.pop("output_rate", 1.0) * row["rate"]]
     lr_schedule, steps = SCHEDULES[settings.pop("lr_schedule", "cosine")], settings.pop("inner_steps", 20)
     # So many rounds of mini-batches of so many rows; two of half the size and eight of twice it make as many steps as eight.
     parts = [(2, BATCH // 2), (EPOCHS, 2 * BATCH)] if settings.pop("batches", "") else [(EPOCHS, BATCH)]
@@ -173,15 +154,10 @@ def train(row: Row, split: data.Dataset) -> Row:
             done += rounds / size
         dk.fit(
             model, problem.x, problem.y, loss=loss, schedule=kind(rounds=rounds, inner_epochs=1, inner_steps=steps),
-            lr=row["rate"], lr_schedule=lr_schedule, batch_size=size, seed=row["seed"], **settings,
+            lr=lr, lr_schedule=lr_schedule, batch_size=size, seed=row["seed"], **settings,
         )  # fmt: skip
     seconds, test = time.perf_counter() - start, runs.evaluate(model, split.x_test, split.y_test, loss)
     return row | validate(model, problem) | dict(zip(names[2:], (*test, seconds), strict=True))
-
-
-def read() -> list[Row]:
-    """The rows that are there."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
 def _part_of_cosine(begin: float, share: float, round_: int, rounds: int) -> float:
@@ -223,7 +199,7 @@ def tables() -> str:
         same = {"data": "mnist", "activation": "leaky_relu", "method": "dante", "seed": 0, "rate": rate, "settings": change}
         cells = " | ".join(shown(of(rows, **same, net=net, loss=loss)) for net, loss in columns)
         lines.append(f"| {name}{'' if rate == 0.003 else f', rate {rate:g}'} | {cells} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", defaults_long.tables(rows), "", defaults_uci.table(rows)])
 
 
 @functools.cache
@@ -233,13 +209,17 @@ def _split(name: str, directory: Path) -> data.Dataset:
 
 def _train_one(row: Row, directory: Path) -> Row:
     torch.set_num_threads(1)
+    if row["data"] in defaults_uci.NETS:
+        return defaults_uci.train(row, directory)
+    if "rounds" in row["settings"]:
+        return defaults_long.train(row, _split(row["data"], directory))
     return train(row, _split(row["data"], directory))
 
 
 def main() -> None:
     """The command."""
     p = argparse.ArgumentParser("python -m bench.defaults", description=__doc__)
-    p.add_argument("--data-dir", type=Path, help="has a folder of IDX files for each of mnist and fashion-mnist")
+    p.add_argument("--data-dir", type=Path, help="has a folder of IDX files for each of mnist and fashion-mnist, and uci")
     p.add_argument("--jobs", type=int, default=1, help="trainings side by side, each on one core (default 1)")
     p.add_argument("--table", action="store_true", help="only print the tables of the rows that are there")
     a = p.parse_args()
