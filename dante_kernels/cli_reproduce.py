@@ -16,7 +16,9 @@ with contextlib.suppress(ImportError):  # `cli.main` says what to install
 def reproduce(
     name: Annotated[
         str,
-        typer.Argument(help="all, table1, table2, table3, table4, mlp, sigmoid, cross-entropy, t-sweep, widths or autoencoder"),
+        typer.Argument(
+            help="all, table1, table2, table3, table4, mlp, sigmoid, cross-entropy, t-sweep, rivals, widths or autoencoder"
+        ),
     ],
     full: Annotated[bool, typer.Option("--full/--quick", help="as published (hours), or small (minutes on 2 cores)")] = False,
     data_dir: Annotated[
@@ -30,6 +32,9 @@ def reproduce(
     jobs: Annotated[
         int | None, typer.Option(help="trainings side by side, of one thread each", show_default="torch's number of threads")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="train nothing; print what it takes, in hours as far as rows in --output tell")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="print only where the page is")] = False,
 ) -> None:
     """Run an experiment of the papers and write a page: published, ours, and SGD's at its best rate.
@@ -40,6 +45,7 @@ def reproduce(
         import torch
 
         from .reproduce import main, report, search
+        from .reproduce import plan as planned
         from .reproduce.experiments import EXPERIMENTS
         from .reproduce.summary import failures
 
@@ -47,6 +53,9 @@ def reproduce(
         expect(jobs is None or jobs >= 1, "--jobs", "at least 1", jobs)
         expect(data_dir is None or data_dir.is_dir(), "--data-dir", "a folder that is there", str(data_dir))
         expect(output.is_dir() or not output.exists(), "--output", "a folder", str(output))
+        if plan:
+            print(planned.plan(name, full, data_dir, search.Store(output / search.RUNS)), end="")
+            return
         say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
         try:
             page, summaries = main.reproduce(

@@ -125,12 +125,17 @@ def for_search(problem: Problem, split: int) -> Problem:
     A rate is chosen on these; the final number is of the test rows, after training on all training rows.
     """
     order = torch.randperm(len(problem.x), generator=torch.Generator().manual_seed(split))
-    held = max(1, round(HELD_OUT * len(order)))
+    held = len(order) - kept_rows(len(order))
     judged, kept = order[:held], order[held:]
     x, x_test = problem.x[kept], problem.x[judged]
     y, y_test = (x, x_test) if problem.y is problem.x else (problem.y[kept], problem.y[judged])
     labels, labels_test = (None, None) if problem.labels is None else (problem.labels[kept], problem.labels[judged])
     return problem._replace(x=x, y=y, x_test=x_test, y_test=y_test, labels=labels, labels_test=labels_test)
+
+
+def kept_rows(rows: int) -> int:
+    """How many of the training rows a search trains with."""
+    return rows - max(1, round(HELD_OUT * rows))
 
 
 def as_there(spec: Spec, directory: Path | None) -> Spec:

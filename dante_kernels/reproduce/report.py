@@ -17,7 +17,8 @@ losses, a diverged one being the worst, until the best has been trained with bot
 of stability. The figures are those of other seeds, trained on all training rows and judged on the test rows, which no choice
 has seen: mean ± standard deviation. All methods of a case update the same number of weights, with mini-batches of the same
 size and the same initial weights for the same seed (torch's own initialisation). "T" is the number of passes over the data
-that a layer makes in a block. {note}
+that a layer makes in a block. Seconds are those of the processor in training; of older rows those of the clock, which are more
+where other work ran beside. {note}
 """
 NOTES = {
     False: f"""**This is a quick run: {QUICK_ROWS:,} training rows of pictures, few passes and seeds. It shows what works;
@@ -31,7 +32,7 @@ def page(name: str, summaries: list[Row]) -> str:
     full = summaries[0]["full"]
     made_by = "; ".join(sorted({text for s in summaries for text in s["made_by"]})) or "no training was done"
     head = HEAD.format(
-        name=name, scale="full" if full else "quick", made_by=made_by, note=NOTES[full], grid="five" if full else "three"
+        name=name, scale="full" if full else "quick", made_by=made_by, note=NOTES[full], grid="five" if full else "two"
     )
     return "\n".join([head, *(_section(summary) for summary in summaries)])
 
@@ -48,6 +49,8 @@ def _section(summary: Row) -> str:
             *_table(_CLAIM_HEAD, list(map(_claim_row, summary["claims"]))),
         ]
         parts += ["", *(f"- {line}" for line in verdicts(summary["claims"]))]
+    if summary["only_full"]:
+        parts += ["", f"Only with `--full`: {'; '.join(summary['only_full'])}."]
     if summary["picture"] and any(case["methods"] and not case["speed_only"] for case in summary["cases"]):
         parts += ["", f"![{summary['title']}](reproduction/{summary['name']}.png)"]
     parts += ["", *(f"Failed: {text}" for text in failures(summary))]
@@ -56,8 +59,9 @@ def _section(summary: Row) -> str:
 
 _START, _END = ("data", "net", "method", "rate"), ("without learning", "seeds", "weights updated", "seconds")
 _HEADS = {
-    "test_loss": (*_START, "published test loss", "test loss", "test accuracy", *_END),
-    "svm_accuracy": (*_START, "published accuracy", "SVM accuracy", "test loss", *_END),
+    "test_loss": (*_START, "published", "test loss", "test accuracy", *_END),
+    "test_accuracy": (*_START, "published", "test accuracy", "test loss", *_END),
+    "svm_accuracy": (*_START, "published", "SVM accuracy", "test loss", *_END),
 }
 _CLAIM_TEXT = """The claim that DANTE is at least as good; "level" is a mean difference within its own spread over the seeds,
 and a single seed, of which there is no spread, decides nothing:"""
@@ -77,11 +81,12 @@ def _rows(metric: str, case: Row) -> list[list[str]]:
     empty = [""] * (len(_HEADS[metric]) - 3)
     if case["absent"]:
         return [[*start, f"data {'damaged' if case['damaged'] else 'absent'}: {_escaped(case['absent'])}", *empty]]
-    return [start + (_speed_line(m) if case["speed_only"] else _line(metric, m)) for m in case["methods"]]
+    lines = [_speed_line(m) if case["speed_only"] else _line(metric, m) for m in case["methods"]]
+    return [start + line for line in (*lines, *map(_rival_line, case["rivals"]))]
 
 
 def _line(metric: str, method: Row) -> list[str]:
-    first, second = ("svm_accuracy", "test_loss") if metric == "svm_accuracy" else ("test_loss", "test_accuracy")
+    first, second = metric, "test_accuracy" if metric == "test_loss" else "test_loss"
     published = [_value(f["metric"], f["value"], digits=6) + _in_brackets(f["setting"]) for f in method["published"]]
     mean = method["mean"]
     middle = [_with_spread(method, first), _with_spread(method, second), _value("baseline", mean["baseline"])]
@@ -93,6 +98,12 @@ def _line(metric: str, method: Row) -> list[str]:
 
 def _speed_line(method: Row) -> list[str]:
     return [method["title"], "", "", "speed only" if method["status"] == "done" else method["status"], "", "", *_ends(method)]
+
+
+def _rival_line(rival: Row) -> list[str]:
+    accuracy = rival["accuracy"]
+    figure = "" if accuracy is None else f"{100 * accuracy:.4g} % "
+    return [f"{rival['title']}: not run here", "", f"{figure}({rival['source']})", "", "", "", "", "", rival["seconds"]]
 
 
 def _ends(method: Row) -> list[str]:

@@ -113,6 +113,7 @@ def train(
     *,
     batch_size: int = 100,
     output: str | None = None,
+    followed: bool = True,
     probe: Callable[[nn.Sequential, Problem], Row] | None = None,
     **settings: Any,
 ) -> Row:
@@ -129,6 +130,7 @@ def train(
         epochs: passes over the data in which every layer is updated.
         batch_size: rows in a mini-batch.
         output: activation of the last layer; with mse that of the hidden ones where None, else none.
+        followed: whether it is judged after each round or epoch, and not only at the end.
         probe: called with the trained model and the problem; what it returns is added to the row.
         settings: fields of `Method` to change, such as ``inner_steps=60``.
 
@@ -136,8 +138,8 @@ def train(
         A dictionary fit for JSON: ``status`` (``"done"``, or ``"diverged"``, then losses are None), ``test_loss`` (times
         the problem's unit), ``test_accuracy`` (None where the target holds no classes), ``train_loss`` (mean over the last
         round's mini-batches, each before its step), ``baseline`` (the test loss of answering with the training rows' mean;
-        None for classes), ``seconds`` of training, ``weights_updated``, and ``curve``, a list of [weights updated, seconds,
-        training loss, test loss, test accuracy] after each round or epoch.
+        None for classes), ``seconds`` of the processor in training, ``weights_updated``, and ``curve``, a list of [weights
+        updated, seconds, training loss, test loss, test accuracy] after each round or epoch, or after the last alone.
 
     Raises:
         ValueError, TypeError: for what `dk.fit` refuses; for epochs that are no whole number of rounds.
@@ -153,13 +155,18 @@ def train(
     model = build(widths, activation, last, seed)
     curve: list[list[float | None]] = []
 
-    def judge(weights: int, seconds: float, train_loss: float) -> None:
-        """Add a point to the curve."""
+    def judged() -> list[float | None]:
         value, accuracy = evaluate(model, problem.x_test, problem.y_test, loss)
-        curve.append([weights, seconds, train_loss, value * problem.unit, accuracy])
+        return [value * problem.unit, accuracy]
+
+    def note(weights: int, seconds: float, train_loss: float) -> None:
+        """Add a point to the curve, or have it take the place of the one before."""
+        curve[:] = [*(curve if followed else ()), [weights, seconds, train_loss, *(judged() if followed else ())]]
 
     train_with = _fit if way.layerwise else _descend
-    diverged = train_with(model, problem, loss, way, rate, seed, epochs, batch_size, judge)
+    diverged = train_with(model, problem, loss, way, rate, seed, epochs, batch_size, note)
+    if curve and not followed:
+        curve[-1] += judged()
     diverged = diverged or not curve or not math.isfinite(curve[-1][3] or 0.0)
     weights, seconds, train_loss, test_loss, accuracy = (None, None, None, None, None) if diverged else curve[-1]
     finite = [[point[0], *map(_short, point[1:])] for point in curve if all(v is None or math.isfinite(v) for v in point)]
@@ -215,7 +222,7 @@ def _baseline(problem: Problem) -> float:
     return float(F.mse_loss(problem.y.mean(0).expand_as(problem.y_test), problem.y_test)) * problem.unit
 
 
-Judge = Callable[[int, float, float], None]
+Note = Callable[[int, float, float], None]
 
 
 def _fit(
@@ -227,7 +234,7 @@ def _fit(
     seed: int,
     epochs: int,
     batch: int,
-    judge: Judge,
+    note: Note,
 ) -> bool:
     """Train layer by layer; whether it diverged. One hidden layer is Algorithm 2 (outer layer first), more go round-robin."""
     turns: dict[str, Any] = {"inner_epochs": 1 if way.inner_steps else way.inner_epochs, "inner_steps": way.inner_steps}
@@ -245,8 +252,13 @@ def _fit(
         kind = dk.Alternating
     schedule = kind(rounds=rounds, **turns)
 
+    seconds, begin = 0.0, time.process_time()
+
     def after_round(history: dk.History) -> None:
-        judge(history.weights_updated, history.seconds, history.rounds[-1].loss)
+        nonlocal seconds, begin
+        seconds += time.process_time() - begin
+        note(history.weights_updated, seconds, history.rounds[-1].loss)
+        begin = time.process_time()
 
     try:
         dk.fit(
@@ -268,7 +280,7 @@ def _descend(
     seed: int,
     epochs: int,
     batch: int,
-    judge: Judge,
+    note: Note,
 ) -> bool:
     """Train all layers at once with torch's optimizer; whether it diverged."""
     momentum: dict[str, Any] = {"momentum": way.momentum} if way.momentum else {}
@@ -280,7 +292,7 @@ def _descend(
         factor = (1 + math.cos(math.pi * epoch / epochs)) / 2 if way.lr_schedule == "cosine" else 1.0
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
-        begin, values = time.perf_counter(), []
+        begin, values = time.process_time(), []
         for rows in torch.randperm(len(problem.x), generator=generator).split(batch):
             value = LOSSES[loss](model(problem.x[rows]), target[rows])
             optimizer.zero_grad()
@@ -288,9 +300,9 @@ def _descend(
             optimizer.step()
             values.append(value.detach())
         mean = float(torch.stack(values).mean())
-        seconds += time.perf_counter() - begin
+        seconds += time.process_time() - begin
         done += len(values) * size
-        judge(done, seconds, mean)
+        note(done, seconds, mean)
         if not math.isfinite(mean):
             return True
     return False

@@ -88,7 +88,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Job:
-    """One training: all that its row depends on, apart from where the files lie."""
+    """One training: all that its row depends on, apart from where the files lie.
+
+    A row of a training that was not `followed` has the last point of its curve alone; all else in it is the same.
+    """
 
     spec: Spec
     widths: tuple[int, ...]
@@ -102,6 +105,7 @@ class Job:
     batch: int
     part: str  # "search" or "final"
     probe: str | None
+    followed: bool
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -109,7 +113,7 @@ class Job:
 
         A default of `Spec` and `Method` must therefore stay as it is.
         """
-        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        content = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "followed"}
         method = {name: value for name, value in _changed(self.method).items() if name not in ("name", "title", "start")}
         return content | {"spec": _changed(self.spec), "method": method}
 
@@ -142,7 +146,8 @@ def run_job(job: Job, directory: Path | None) -> Row:
             problem = problems.for_search(problem, job.spec.split)
         row = train(
             problem, job.widths, job.activation, job.loss, job.method, job.rate, job.seed, job.epochs,
-            batch_size=job.batch, output=job.output, probe=probes.PROBES[job.probe] if job.probe else None,
+            batch_size=job.batch, output=job.output, followed=job.followed,
+            probe=probes.PROBES[job.probe] if job.probe else None,
         )  # fmt: skip
     except Exception as error:  # one training must not end all others
         return head | {"status": "failed", "note": " ".join(f"{type(error).__name__}: {error}".split())}
@@ -239,6 +244,7 @@ class Search:
         return Job(
             spec, case.widths, case.activation, case.loss, case.output, self.method, rate_of(index), seed, case.epochs,
             case.batch, part, case.probe if part == "final" else None,
+            followed=part == "final" and (self.split, seed) == (case.splits[0], self.seeds[0]),
         )  # fmt: skip
 
     @property
@@ -246,13 +252,30 @@ class Search:
         """Of the final trainings."""
         return self.case.seeds if len(self.case.splits) == 1 else (self.split,)
 
+    @property
+    def first(self) -> int:
+        """Index of the rate around which the search begins."""
+        return self.method.start + (self.case.shift if self.method.rule == "sgd" else 0)
+
+    @property
+    def begins_with(self) -> range:
+        """Indices of the rates that are tried in any case."""
+        lowest = self.first - (self.case.rates - 1) // 2
+        return range(lowest, lowest + self.case.rates)
+
+    def least(self) -> list[Job]:
+        """The trainings of a search that ends as soon as it can, the rate chosen being the first."""
+        finals = [self.job(self.first, seed, "final") for seed in self.seeds]
+        if self.case.speed_only:
+            return finals
+        tried = [self.job(index, SEARCH_SEEDS[0], "search") for index in self.begins_with]
+        return [*tried, self.job(self.first, SEARCH_SEEDS[1], "search"), *finals]
+
     def state(self, rows: dict[str, Row]) -> tuple[list[Job], int | None, bool]:
         """(trainings to do next, the chosen rate's index or None, whether it stands at the edge of what was tried)."""
-        first = self.method.start + (self.case.shift if self.method.rule == "sgd" else 0)
         if self.case.speed_only:
-            return self._missing([self.job(first, seed, "final") for seed in self.seeds], rows), first, False
-        half = self.case.rates // 2
-        tried = range(first - half, first - half + self.case.rates)
+            return self._missing(self.least(), rows), self.first, False
+        tried = self.begins_with
         asked = [(index, SEARCH_SEEDS[0]) for index in tried]
         while True:
             jobs = {each: self.job(*each, "search") for each in asked}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from . import published
-from .experiments import PAIRS, Experiment
+from .experiments import PAIRS, Experiment, only_full
 from .problems import Lack
 from .runs import METRICS, Row
 from .search import SEARCH_SEEDS, Case, Search, Store, rate_of
@@ -32,6 +32,7 @@ def summarise(experiment: Experiment, full: bool, store: Store, absent: dict[tup
         "metric": experiment.metric,
         "picture": experiment.picture,
         "full": full,
+        "only_full": [] if full else only_full(experiment.name),
         "made_by": sorted({method["made_by"] for case in cases for method in case["methods"] if method["made_by"]}),
         "cases": cases,
         "claims": [claim for case in cases for pair in PAIRS if (claim := _claim(experiment.metric, case, *pair))],
@@ -53,6 +54,7 @@ def _case(experiment: Experiment, case: Case, store: Store, absent: dict[tuple[s
         "damaged": why is not None and why.damaged,
         "nothing_learnt": nothing_learnt(methods),
         "methods": methods,
+        "rivals": [] if why else [rival._asdict() for rival in published.rivals(experiment.name, case.name)],
     }
 
 

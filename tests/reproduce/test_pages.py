@@ -114,6 +114,38 @@ def test_absent_data_is_a_line_that_says_so_and_no_number(tiny_experiment, tmp_p
     assert summary.failures(found[0]) == []
 
 
+def test_a_rival_is_a_line_with_its_figure_and_nothing_of_ours(tiny_experiment, tmp_path, monkeypatch):
+    known = [
+        published.Rival("mlp", "tiny", "AM-Tiny", 0.978, "3.1 times SGD's", "its code"),
+        published.Rival("mlp", "speed", "TinyLAM", None, "0.25", "its paper"),
+    ]
+    monkeypatch.setattr(published, "RIVALS", known)
+    page, _ = main.reproduce("mlp", full=False, directory=None, output=tmp_path, jobs=1, say=lambda line: None)
+    lines = [line for line in page.read_text().splitlines() if "not run here" in line]
+    cells = [[cell.strip() for cell in line.strip("|").split("|") if cell.strip()] for line in lines]
+    assert cells == [
+        ["tiny", "6-5-3", "AM-Tiny: not run here", "97.8 % (its code)", "3.1 times SGD's"],
+        ["random rows, for speed only", "6-5-3", "TinyLAM: not run here", "(its paper)", "0.25"],
+    ]
+
+
+def test_a_quick_page_says_what_only_a_full_run_has():
+    assert experiments.only_full("t-sweep") == ["mnist 784-600-400-200-100-50-10"]
+    for name, make in experiments.EXPERIMENTS.items():
+        both = ({(case.title, case.net) for case in make(experiments.Scale(full)).cases} for full in (False, True))
+        quick, full = both
+        assert {f"{title} {net}" for title, net in full - quick} == set(experiments.only_full(name))
+        store = Store(pathlib.Path("nowhere"))
+        absent = {
+            (case.name, split): problems.Lack("x", False)
+            for case in make(experiments.Scale(False)).cases
+            for split in case.splits
+        }
+        made = summary.summarise(make(experiments.Scale(False)), False, store, absent)
+        text = report.page(name, [made])
+        assert all(each in text.split("Only with `--full`:")[1] for each in made["only_full"])
+
+
 def test_random_rows_have_seconds_and_no_quality(tiny_experiment, tmp_path):
     page, _ = main.reproduce("mlp", full=False, directory=None, output=tmp_path, jobs=1, say=lambda line: None)
     lines = [line for line in page.read_text().splitlines() if line.startswith("| random rows, for speed only |")]
@@ -225,6 +257,34 @@ def test_every_published_figure_stands_in_the_list_of_the_papers():
     for figure in published.FIGURES:
         shown = f"{100 * figure.value:.4g}" if figure.metric == "svm_accuracy" else f"{figure.value:.7f}"
         assert re.search(rf"\b{re.escape(shown.rstrip('0'))}0*\b", text), figure
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the papers' figures are not beside this checkout")
+def test_every_figure_of_a_rival_stands_in_the_list_of_the_papers():
+    lines = PUBLISHED.read_text(encoding="utf-8").splitlines()
+    for rival in published.RIVALS:
+        if rival.source == published.PUBLIC_CODE:
+            accuracy, cost = f"{100 * rival.accuracy:.4g}", rival.seconds.split()[0]
+            assert any(re.search(rf"(?<![\d.]){accuracy}\b", line) and f"{cost}x" in line for line in lines), rival
+        elif rival.accuracy is None:
+            place = (int(rival.case.split()[1]) // (11000 if rival.case.startswith("mnist") else 12000)) + 1
+            rho = rival.title.split()[-1]
+            rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith(f"| rho {rho} |")]
+            assert rival.seconds in [row[place] for row in rows], rival
+        else:
+            shown = {0.81: "ADMM peaks near 81 %", 0.8: '"soars to 0.7 early, then rises steadily towards 0.8 or more"'}
+            assert any(shown[rival.accuracy] in line for line in lines), rival
+
+
+def test_every_rival_has_its_row():
+    """In a full run; a quick one has the largest number of rows alone, and no layers of 500."""
+    for rival in published.RIVALS:
+        made = experiments.EXPERIMENTS[rival.experiment](experiments.Scale(True))
+        assert rival.case in {case.name for case in made.cases}, rival
+    quick = {case.name for case in experiments.EXPERIMENTS["rivals"](experiments.Scale(False)).cases}
+    assert {rival.case for rival in published.RIVALS if rival.experiment == "rivals"} & quick == quick - {
+        "fashion-mnist 784-100-100-10"
+    }
 
 
 def test_every_published_figure_has_its_row():

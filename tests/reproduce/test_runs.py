@@ -21,6 +21,19 @@ def test_both_sides_update_equally_many_weights(ours, theirs, widths):
     assert [row["weights_updated"] for row in rows] == [steps * sum((n + 1) * m for n, m in pairwise(widths))] * 2
 
 
+@pytest.mark.parametrize("name", ["dante-short", "sgd"])
+def test_a_training_that_is_not_followed_has_the_last_point_alone(name):
+    row, other = (
+        runs.train(blobs(), (4, 5, 3), "relu", "mse", name, 0.01, 1, 5, batch_size=7, followed=followed)
+        for followed in (True, False)
+    )
+    assert len(row["curve"]) == 5
+    *_, last = row.pop("curve")
+    (only,) = other.pop("curve")
+    assert [last[0], *last[2:]] == [only[0], *only[2:]]
+    assert {**row, "seconds": 0} == {**other, "seconds": 0}
+
+
 def test_both_sides_start_from_the_same_weights():
     problem = blobs()
     problem = problem._replace(x_test=problem.x, y_test=problem.y)

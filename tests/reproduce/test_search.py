@@ -49,6 +49,11 @@ def test_a_search_goes_on_while_the_best_stands_at_the_edge(best, tried):
     assert search_with(lambda i: abs(i - best), replace(TINY, most=4))[2] is True
 
 
+@pytest.mark.parametrize(("best", "tried"), [(-2, [-3, -2, -1]), (-1, [-2, -1, 0]), (-4, [-5, -4, -3, -2, -1])])
+def test_a_search_that_begins_with_two_rates_tries_those_on_both_sides_of_the_best(best, tried):
+    assert search_with(lambda i: abs(i - best), replace(TINY, rates=2, most=6)) == (tried, best, False, [best])
+
+
 def test_rates_that_diverge_are_never_chosen():
     assert search_with(lambda i: None if i > -3 else -i)[1] == -3
     assert search_with(lambda i: None) == ([-4, -3, -2, -1], None, False, [])
@@ -81,7 +86,7 @@ def test_every_method_is_searched_with_as_many_rates():
             for case in make(experiments.Scale(full)).cases:
                 if not case.speed_only:
                     counts = {len(found.state({})[0]) for found in search.searches(case)}
-                    assert counts == {5 if full else 3}, case.name
+                    assert counts == {5 if full else 2}, case.name
 
 
 def test_a_search_never_sees_a_test_row():
@@ -106,6 +111,14 @@ def test_jobs_differ_in_all_that_a_row_depends_on_and_in_no_name():
         assert replace(job, **change).key != job.key
     assert replace(job, method=replace(job.method, momentum=0.5)).key != job.key
     assert replace(job, method=replace(job.method, name="another", title="another", start=4)).key == job.key
+
+
+def test_only_the_training_whose_curve_is_drawn_is_followed():
+    found = search.searches(replace(TINY, seeds=(1, 2)))[0]
+    assert [found.job(0, seed, part).followed for seed, part in ((1, "final"), (2, "final"), (0, "search"))] == [1, 0, 0]
+    splits = search.searches(replace(TINY, splits=(1, 2)))[:2]
+    assert [each.job(0, each.split, "final").followed for each in splits] == [True, False]
+    assert replace(found.job(0, 1, "final"), followed=False).key == found.job(0, 1, "final").key
 
 
 def test_small_tables_get_a_search_and_a_seed_for_each_split():
