@@ -133,7 +133,7 @@ def train(row: Row, split: data.Dataset) -> Row:
             problem, widths, activation, loss, "sgd-cosine", row["rate"], row["seed"], EPOCHS, batch_size=BATCH, probe=validate
         )
         return row | {name: found.get(name) for name in names}
-    model, start = runs.build(widths, activation, activation if loss == "mse" else "identity", row["seed"]), time.perf_counter()
+    model, start = runs.build(widths, activation, activation if loss == "mse" else "identity", row["seed"]), time.process_time()
     settings = {"relative_lr": True, "momentum": 0.9, **row["settings"]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(row["seed"])
@@ -156,7 +156,7 @@ def train(row: Row, split: data.Dataset) -> Row:
             model, problem.x, problem.y, loss=loss, schedule=kind(rounds=rounds, inner_epochs=1, inner_steps=steps),
             lr=lr, lr_schedule=lr_schedule, batch_size=size, seed=row["seed"], **settings,
         )  # fmt: skip
-    seconds, test = time.perf_counter() - start, runs.evaluate(model, split.x_test, split.y_test, loss)
+    seconds, test = time.process_time() - start, runs.evaluate(model, split.x_test, split.y_test, loss)
     return row | validate(model, problem) | dict(zip(names[2:], (*test, seconds), strict=True))
 
 

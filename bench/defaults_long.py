@@ -61,7 +61,7 @@ def train(row: Row, split: data.Dataset) -> Row:
     kept = len(split.x_train) * (6 if everything else 5) // 6
     x, y, loss = split.x_train[:kept], split.y_train[:kept], row["loss"]
     rounds, batch = row["settings"]["rounds"], row["settings"].get("batch_size", BATCH)
-    widths, begin = tuple(int(width) for width in row["net"].split("-")), time.perf_counter()
+    widths, begin = tuple(int(width) for width in row["net"].split("-")), time.process_time()
     if row["method"] == "sgd":
         problem = Problem(row["data"], x, y, split.x_test, split.y_test)
         found = runs.train(
@@ -74,7 +74,7 @@ def train(row: Row, split: data.Dataset) -> Row:
         model, x, y, loss=loss, schedule=blocks, lr=row["rate"], relative_lr=True, momentum=0.9, batch_size=batch,
         seed=row["seed"],
     )  # fmt: skip
-    seconds, test = time.perf_counter() - begin, runs.evaluate(model, split.x_test, split.y_test, loss)
+    seconds, test = time.process_time() - begin, runs.evaluate(model, split.x_test, split.y_test, loss)
     held = (None, None) if everything else runs.evaluate(model, split.x_train[kept:], split.y_train[kept:], loss)
     names = ("validation_loss", "validation_accuracy", "test_loss", "test_accuracy", "seconds")
     return row | dict(zip(names, (*held, *test, seconds), strict=True))

@@ -17,8 +17,7 @@ losses, a diverged one being the worst, until the best has been trained with bot
 of stability. The figures are those of other seeds, trained on all training rows and judged on the test rows, which no choice
 has seen: mean ± standard deviation. All methods of a case update the same number of weights, with mini-batches of the same
 size and the same initial weights for the same seed (torch's own initialisation). "T" is the number of passes over the data
-that a layer makes in a block. Seconds are those of the processor in training; of older rows those of the clock, which are more
-where other work ran beside. {note}
+that a layer makes in a block. Seconds are those of the processor in training. {note}
 """
 NOTES = {
     False: f"""**This is a quick run: {QUICK_ROWS:,} training rows of pictures, few passes and seeds. It shows what works;
@@ -142,7 +141,7 @@ def verdicts(claims: list[Row]) -> list[str]:
 def _nothing_learnt(case: Row) -> str | None:
     if not case["nothing_learnt"]:
         return None
-    text = "no method is better than answering with the training rows' mean by more than its spread over the seeds"
+    text = "no method is better than a guess, or than answering with the mean by more than its spread over the seeds"
     return f"\nOn {case['title']} {case['net']} {text}: no verdict."
 
 

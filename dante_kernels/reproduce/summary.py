@@ -52,7 +52,8 @@ def _case(experiment: Experiment, case: Case, store: Store, absent: dict[tuple[s
         "speed_only": case.speed_only,
         "absent": why and why.reason,
         "damaged": why is not None and why.damaged,
-        "nothing_learnt": nothing_learnt(methods),
+        "classes": case.widths[-1],
+        "nothing_learnt": nothing_learnt(methods, case.widths[-1]),
         "methods": methods,
         "rivals": [] if why else [rival._asdict() for rival in published.rivals(experiment.name, case.name)],
     }
@@ -97,19 +98,24 @@ def _first_note(case: Case, index: int, store: Store) -> str:
     return next((row["note"] for row in rows if "note" in row), "")
 
 
-def nothing_learnt(methods: list[Row]) -> bool:
-    """Whether no method beats answering with the mean by more than the spread of the difference over its seeds.
+# A method whose every seed has at most this many times the accuracy of a guess has learnt nothing.
+GUESS = 1.5
 
-    A figure says nothing of the methods then. False where the target holds classes, for which there is no such answer.
-    """
-    differences = []
-    for method in methods:
-        losses, baselines = method["values"]["test_loss"], method["values"]["baseline"]
-        if losses and not baselines:
-            return False
-        differences.append([base - loss for base, loss in zip(baselines, losses, strict=True)])
-    known = [each for each in differences if each]
-    return bool(known) and not any(statistics.fmean(each) > _spread(each) for each in known)
+
+def learnt(method: Row, classes: int) -> bool:
+    """Whether a method beats answering with the mean by more than the spread over its seeds, or, of classes, a guess."""
+    values = method["values"]
+    if values["baseline"]:
+        gains = [base - loss for base, loss in zip(values["baseline"], values["test_loss"], strict=True)]
+        return statistics.fmean(gains) > _spread(gains)
+    accuracies = values["test_accuracy"]
+    return not accuracies or max(accuracies) > GUESS / classes
+
+
+def nothing_learnt(methods: list[Row], classes: int) -> bool:
+    """Whether no method has learnt anything. A figure says nothing of the methods then."""
+    known = [method for method in methods if method["values"]["test_loss"]]
+    return bool(known) and not any(learnt(method, classes) for method in known)
 
 
 def _spread(values: list[float]) -> float:
@@ -141,10 +147,13 @@ def _claim(metric: str, case: Row, ours: str, theirs: str) -> Row | None:
     sign = 1 if metric == "test_loss" else -1
     gains = [sign * (y - x) for x, y in zip(a, b, strict=True)]
     gain = statistics.fmean(gains)
+    why = ""
     if case["nothing_learnt"]:
-        verdict = "no verdict"
+        verdict, why = "no verdict", "nothing learnt"
+    elif not learnt(by_name[theirs], case["classes"]) and gain > 0:
+        verdict, why = "no verdict", f"{theirs} learnt nothing"
     elif len(gains) == 1:
-        verdict = "one seed"
+        verdict, why = "one seed", "ahead" if gain > 0 else "behind" if gain < 0 else "equal"
     else:
         verdict = "level" if abs(gain) <= _spread(gains) else "yes" if gain > 0 else "no"
     return claim | {
@@ -154,9 +163,7 @@ def _claim(metric: str, case: Row, ours: str, theirs: str) -> Row | None:
         "seeds": len(gains),
         "not_worse": sum(gain >= 0 for gain in gains),
         "verdict": verdict,
-        "why": {"no verdict": "nothing learnt", "one seed": "ahead" if gain > 0 else "behind" if gain < 0 else "equal"}.get(
-            verdict, ""
-        ),
+        "why": why,
     }
 
 
