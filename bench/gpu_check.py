@@ -53,6 +53,7 @@ TIMED = [
 ]  # fmt: skip
 MODELS = (1, 8, 32)
 BATCHES = (20, 100, 500)
+SWITCHES = ("highest", "high")  # "high" for the form with one barrier a step
 
 
 class Skipped(Exception):
@@ -138,7 +139,7 @@ def check_epoch_equals_steps(device: torch.device, few: bool) -> str:
 
     The plan may be chosen by the number of rows, so with "auto" all mini-batches are of one size.
     """
-    for precision, plan, case in itertools.product(("highest", "high"), PLANS, cases(few)):
+    for precision, plan, case in itertools.product(SWITCHES[: 1 if few else None], PLANS, cases(few)):
         whole, single = (moved(make_problem(**case), device) for _ in range(2))
         rows = whole.x.shape[0]
         batch = max(1, rows // 3)
@@ -162,7 +163,7 @@ def check_repeats(device: torch.device, few: bool) -> str:
     load = torch.randn(2048, 2048, device=device) if device.type == "cuda" else None
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     shapes = [SHAPES[0]] if few else [SHAPES[2], SHAPES[3], SHAPES[5]]
-    for precision, plan, (rows, n_in, widths) in itertools.product(("highest", "high"), PLANS, shapes):
+    for precision, plan, (rows, n_in, widths) in itertools.product(SWITCHES[: 1 if few else None], PLANS, shapes):
         first = None
         for _ in range(repeats):
             if stream is not None:
@@ -386,7 +387,7 @@ def timings(device: torch.device) -> list[dict[str, Any]]:
 def many_models(device: torch.device, counts: tuple[int, ...] = MODELS, steps: int = 200) -> list[dict[str, Any]]:
     """Samples a second of all models of 784-100-10 side by side, batch 20, as a multiple of those of the first count."""
     rows: list[dict[str, Any]] = []
-    for precision in ("highest", "high"):
+    for precision in SWITCHES:
         for count in counts:
             problems = [
                 moved(make_problem(seed=seed, rows=20 * steps, n_in=784, widths=(100, 10)), device) for seed in range(count)
