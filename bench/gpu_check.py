@@ -384,13 +384,15 @@ def timings(device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-def many_models(device: torch.device, counts: tuple[int, ...] = MODELS, steps: int = 200) -> list[dict[str, Any]]:
-    """Samples a second of all models of 784-100-10 side by side, batch 20, as a multiple of those of the first count."""
+def many_models(
+    device: torch.device, counts: tuple[int, ...] = MODELS, steps: int = 200, n_in: int = 784, hidden: int = 100
+) -> list[dict[str, Any]]:
+    """Samples a second of all models of one hidden layer side by side, batch 20, as a multiple of those of the first count."""
     rows: list[dict[str, Any]] = []
     for precision in SWITCHES:
         for count in counts:
             problems = [
-                moved(make_problem(seed=seed, rows=20 * steps, n_in=784, widths=(100, 10)), device) for seed in range(count)
+                moved(make_problem(seed=seed, rows=20 * steps, n_in=n_in, widths=(hidden, 10)), device) for seed in range(count)
             ]
             names = ("weight", "bias", "x", "target", "suffix", "activation", "loss")
             calls = [

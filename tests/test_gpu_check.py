@@ -61,7 +61,7 @@ def test_what_is_measured_on_a_gpu_is_rehearsed(gpu_check):
     assert set(found) | {"barrier", "barrier_program"} < set(cost.Device._fields)
     assert all(number["assumed"] == getattr(cost.H200, name) for name, number in found.items())
     assert gpu_check.gpu_limits.line({1: 1.0, 3: 2.0, 5: 3.0}) == pytest.approx((0.5, 0.5))
-    rows = gpu_check.many_models(gpu_check.torch.device("cpu"), counts=(1, 2), steps=1)
+    rows = gpu_check.many_models(gpu_check.torch.device("cpu"), counts=(1, 2), steps=1, n_in=20, hidden=8)
     assert [(row["precision"], row["models"]) for row in rows] == [("highest", 1), ("highest", 2), ("high", 1), ("high", 2)]
     assert rows[2]["times_of_the_first"] == 1
 
