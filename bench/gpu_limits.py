@@ -60,7 +60,8 @@ def microseconds(call: Callable[[], object], device: torch.device, repeats: int)
 
 def barrier_microseconds(device: torch.device, programs: int, repeats: int, count: int) -> float:
     """Of one grid barrier of so many programs: what `count` of them take beyond one."""
-    counter, signs = barrier.counters(device, 1), torch.empty(programs, dtype=torch.int32, device=device)
+    counter = torch.zeros(barrier.SPACING, dtype=torch.int32, device=device)  # of its own: none that a broken launch has left
+    signs = torch.empty(programs, dtype=torch.int32, device=device)
 
     def run(barriers_: int) -> Callable[[], None]:
         return lambda: launcher.launch(

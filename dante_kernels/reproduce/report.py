@@ -17,7 +17,8 @@ losses, a diverged one being the worst, until the best has been trained with bot
 of stability. The figures are those of other seeds, trained on all training rows and judged on the test rows, which no choice
 has seen: mean ± standard deviation. All methods of a case update the same number of weights, with mini-batches of the same
 size and the same initial weights for the same seed (torch's own initialisation). "T" is the number of passes over the data
-that a layer makes in a block. Seconds are those of the processor in training. {note}
+that a layer makes in a block. Seconds are those of the processor in training; of rows that were made before they were counted
+so, which are most of the quick run's, those of the clock, with other trainings beside. {note}
 """
 NOTES = {
     False: f"""**This is a quick run: {QUICK_ROWS:,} training rows of pictures, few passes and seeds. It shows what works;

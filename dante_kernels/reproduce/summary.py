@@ -102,12 +102,12 @@ def _first_note(case: Case, index: int, store: Store) -> str:
 GUESS = 1.5
 
 
-def learnt(method: Row, classes: int) -> bool:
-    """Whether a method beats answering with the mean by more than the spread over its seeds, or, of classes, a guess."""
+def learnt(method: Row, classes: int, spreads: float) -> bool:
+    """Whether a method beats answering with the mean by more than so many spreads over its seeds, or, of classes, a guess."""
     values = method["values"]
     if values["baseline"]:
         gains = [base - loss for base, loss in zip(values["baseline"], values["test_loss"], strict=True)]
-        return statistics.fmean(gains) > _spread(gains)
+        return statistics.fmean(gains) > spreads * _spread(gains)
     accuracies = values["test_accuracy"]
     return not accuracies or max(accuracies) > GUESS / classes
 
@@ -115,7 +115,7 @@ def learnt(method: Row, classes: int) -> bool:
 def nothing_learnt(methods: list[Row], classes: int) -> bool:
     """Whether no method has learnt anything. A figure says nothing of the methods then."""
     known = [method for method in methods if method["values"]["test_loss"]]
-    return bool(known) and not any(learnt(method, classes) for method in known)
+    return bool(known) and not any(learnt(method, classes, spreads=1) for method in known)
 
 
 def _spread(values: list[float]) -> float:
@@ -150,7 +150,7 @@ def _claim(metric: str, case: Row, ours: str, theirs: str) -> Row | None:
     why = ""
     if case["nothing_learnt"]:
         verdict, why = "no verdict", "nothing learnt"
-    elif not learnt(by_name[theirs], case["classes"]) and gain > 0:
+    elif gain > 0 and not learnt(by_name[theirs], case["classes"], spreads=0):
         verdict, why = "no verdict", f"{theirs} learnt nothing"
     elif len(gains) == 1:
         verdict, why = "one seed", "ahead" if gain > 0 else "behind" if gain < 0 else "equal"

@@ -221,6 +221,8 @@ def test_there_is_no_verdict_for_dante_beside_a_method_that_learnt_nothing():
     assert summarised({"dante": (8.6, 8.7), "sgd": (9, 8.6)})["nothing_learnt"]
     regression = summarised({"dante": (0.2, 0.3), "sgd": (1.0, 1.1)}, baseline=1.0)
     assert summary._claim("test_loss", regression, "dante", "sgd")["why"] == "sgd learnt nothing"
+    unsteady = summarised({"dante": (0.2, 0.3), "sgd": (0.5, 1.4)}, baseline=1.0)  # better by 0.05, within its spread
+    assert summary._claim("test_loss", unsteady, "dante", "sgd")["verdict"] == "yes"
 
 
 def test_the_verdicts_are_counted_and_all_but_yes_are_listed():
