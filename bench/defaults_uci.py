@@ -42,17 +42,17 @@ def _trained(row: Row, problem: Problem) -> tuple[float | None, float, float]:
     """(error of the network, error of answering with the training rows' mean, seconds)."""
     widths, batch = tuple(int(width) for width in row["net"].split("-")), 100
     mean = float((problem.y_test - problem.y.mean(0)).square().mean()) * problem.unit
-    begin = time.perf_counter()
+    begin = time.process_time()
     if row["method"] == "sgd":
         epochs = default_rounds(len(problem.x), batch)
         found = runs.train(
             problem, widths, row["activation"], row["loss"], "sgd-cosine", row["rate"], row["seed"], epochs, batch_size=batch,
             output="identity",
         )  # fmt: skip
-        return found["test_loss"], mean, time.perf_counter() - begin
+        return found["test_loss"], mean, time.process_time() - begin
     model = runs.build(widths, row["activation"], "identity", row["seed"])
     dk.fit(model, problem.x, problem.y, lr=row["rate"], relative_lr=True, momentum=0.9, seed=row["seed"])
-    seconds, (loss, _) = time.perf_counter() - begin, runs.evaluate(model, problem.x_test, problem.y_test, row["loss"])
+    seconds, (loss, _) = time.process_time() - begin, runs.evaluate(model, problem.x_test, problem.y_test, row["loss"])
     return loss * problem.unit, mean, seconds
 
 

@@ -66,7 +66,7 @@ def plan(name: str, full: bool, directory: Path | None, store: Store) -> str:
 
 def _line(name: str, figures: list[float], absent: str) -> str:
     trainings, weights, hours, done, asked = figures
-    text = "unknown" if math.isnan(hours) else f"{hours:.2g}"
+    text = "unknown" if math.isnan(hours) else f"{hours:.2g}" if hours < 10 else f"{hours:.0f}"
     return f"| {name} | {trainings:,} | {weights:.3g} | {text} | {done} of {asked} | {absent} |"
 
 
