@@ -53,18 +53,32 @@ def test_a_wrong_kernel_is_reported_and_not_timed(gpu_check, monkeypatch, tmp_pa
     assert report["timings"] == []
 
 
+REHEARSAL = """
+import json, sys
+sys.path[:0] = [sys.argv[1]]
+import torch
+from bench import gpu_check
+from dante_kernels.kernels import barrier
+cpu = torch.device("cpu")
+barrier.counters(cpu, 1).fill_(5)  # as a launch that was broken off leaves it: a barrier there would never end
+found = gpu_check.gpu_limits.measure(cpu, few=True)["device"]
+rows = gpu_check.many_models(cpu, counts=(1, 2), steps=1, n_in=20, hidden=8)
+print(json.dumps([found, rows]))
+"""
+
+
 def test_what_is_measured_on_a_gpu_is_rehearsed(gpu_check):
     """The numbers mean nothing here; but every one of them is in the cost model's table, and each model's pass is made."""
-    from dante_kernels.kernels import barrier, cost
+    from dante_kernels.kernels import cost
 
-    cpu = gpu_check.torch.device("cpu")
-    barrier.counters(cpu, 1).fill_(5)  # as a launch that was broken off leaves it: a barrier there would never end
-    found = gpu_check.gpu_limits.measure(gpu_check.torch.device("cpu"), few=True)["device"]
-    barrier._counters.clear()
+    command = [sys.executable, "-c", REHEARSAL, str(SCRIPT.parent.parent)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, rows = json.loads(done.stdout.splitlines()[-1])
     assert set(found) | {"barrier", "barrier_program"} < set(cost.Device._fields)
     assert all(number["assumed"] == getattr(cost.H200, name) for name, number in found.items())
     assert gpu_check.gpu_limits.line({1: 1.0, 3: 2.0, 5: 3.0}) == pytest.approx((0.5, 0.5))
-    rows = gpu_check.many_models(gpu_check.torch.device("cpu"), counts=(1, 2), steps=1, n_in=20, hidden=8)
     assert [(row["precision"], row["models"]) for row in rows] == [("highest", 1), ("highest", 2), ("high", 1), ("high", 2)]
     assert rows[2]["times_of_the_first"] == 1
 
