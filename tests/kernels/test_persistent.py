@@ -201,9 +201,9 @@ MUTANTS = {
     "no barrier for the tiles of Z": (MEET, 3, "pass\n", SHAPES[2], 40),
     "no wait for the sums of Z": (MEET, 4, ONLY_ARRIVE, SHAPES[3], 40),
     "no barrier for the sums of Z": (MEET, 4, "pass\n", SHAPES[3], 40),
-    "no wait for the norm": (WAIT, 0, "sense = ~sense\n", SHAPES[3], 10),
-    "no wait where it is the only one": (WAIT, 0, "sense = ~sense\n", SHAPES[6], 10),
-    "one half of the exchange buffer": ("(step % 2)", 0, "0", SHAPES[6], 10),
+    "no wait for the norm": (WAIT, 1, "sense = ~sense\n", SHAPES[3], 10),
+    "no wait where it is the only one": (WAIT, 1, "sense = ~sense\n", SHAPES[6], 10),
+    "one half of the exchange buffer": ("(step % 2)", 1, "0", SHAPES[6], 10),
     "a slice that does not end": (
         "n_in, local_input)\n",
         0,
@@ -277,7 +277,7 @@ def test_a_launch_goes_on_from_the_sign_that_the_last_one_left(schedules, tmp_pa
 
 def test_a_barrier_that_waits_for_too_many_is_seen_to_hang(tmp_path, monkeypatch):
     monkeypatch.setattr("interleave.TURNS", 3000)
-    module = mutant(tmp_path, "arrive(p_counter, program, PROGRAMS)\n", 0, "arrive(p_counter, program, PROGRAMS + 1)\n")
+    module = mutant(tmp_path, "arrive(p_counter, program, PROGRAMS)\n", 1, "arrive(p_counter, program, PROGRAMS + 1)\n")
     p = make_problem(seed=11, rows=10, n_in=150, widths=(12, 7))
     with pytest.raises(Exception, match="never end") as caught:
         run(p, 10, tiles(p, 10), module=module)
