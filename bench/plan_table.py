@@ -77,7 +77,7 @@ def models() -> list[str]:
         how = plan.persistent([784, 100, 10], 20, False, momentum, most, precision=precision)
         fastest = plan.persistent([784, 100, 10], 20, False, momentum, most, precision=precision, near=1.0)
         took = plan.side_by_side(how, MODELS, most)
-        programs = how.split_out * how.split_in
+        programs = how.programs
         gain = MODELS * fastest.microseconds / took
         cells = (precision, "yes" if momentum else "no", programs, most // programs, f"{took:.1f}", f"{gain:.1f}")
         table.append(f"| {' | '.join(map(str, cells))} |")

@@ -111,7 +111,7 @@ def _side_by_side(group: list[Call]) -> list[tuple[Tensor, Tensor]]:
             launches = choice.launches * -(-one.rows // one.batch_size)
             run = streamed.run if choice.plan == "streamed" else fused.run
             return [graphs.run(run, tuple(call), (call.order, call.lr), launches) for call in group]
-        at_once = most // (choice.tiles.split_out * choice.tiles.split_in)
+        at_once = most // choice.tiles.programs
         results: list[tuple[Tensor, Tensor]] = []
         for first in range(0, len(group), at_once):
             models = [one_launch.model(call) for call in group[first : first + at_once]]

@@ -74,7 +74,7 @@ def run(
     rows = one.x.shape[0] if one.order is None else one.order.shape[0]
     batch = min(batch_size, rows)
     steps = -(-rows // batch) if blocks is None else blocks.schedule.shape[0]
-    programs = tiles.split_out * tiles.split_in
+    programs = tiles.programs
     padded = -(-batch // tiles.rows) * tiles.rows
     one_tile = batch <= tiles.rows
 

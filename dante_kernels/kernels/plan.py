@@ -50,6 +50,11 @@ class Persistent(NamedTuple):
     drawn: float  # MB that a program reads and writes in a step
     microseconds: float
 
+    @property
+    def programs(self) -> int:
+        """How many programs a model has."""
+        return self.split_out * self.split_in
+
 
 # Registers of a thread that the tiles of one program may take, by the estimate in `persistent`. Found by compiling: with more
 # some specialization spills.
@@ -66,13 +71,12 @@ NEAR = 1.15
 
 def _from_l2(how: Persistent, models: int, device: Device) -> float:
     """Microseconds that the programs of so many models side by side draw from L2 in a step."""
-    programs = models * how.split_out * how.split_in
-    return max(how.drawn / device.l2_per_multiprocessor, programs * how.drawn / device.l2)
+    return max(how.drawn / device.l2_per_multiprocessor, models * how.programs * how.drawn / device.l2)
 
 
 def side_by_side(how: Persistent, models: int, most_programs: int, device: Device = H200) -> float:
     """Microseconds of a step of so many models, in as few launches, one after the other, as there is room for."""
-    at_once = most_programs // (how.split_out * how.split_in)
+    at_once = most_programs // how.programs
     launches = [at_once] * (models // at_once) + [models % at_once] * (models % at_once > 0)
     alone = how.microseconds - _from_l2(how, 1, device)
     return sum(alone + _from_l2(how, together, device) for together in launches)
@@ -125,10 +129,9 @@ def persistent(
     x_dtype: torch.dtype = torch.float32,
     near: float = NEAR,
 ) -> Persistent | None:
-    """The tiles of the persistent plan: of those near the fastest, by the model, the ones with the fewest programs.
+    """The tiles of the persistent plan: of those near the fastest, by the model, those of which the most find room at once.
 
-    So that several models find room side by side, with the tiles, and the bits, of each alone. None where the plan does not
-    serve.
+    So that several models run side by side, with the tiles, and the bits, of each alone. None where the plan does not serve.
 
     `widths` are n_in, n_out and the widths of the suffix. It serves the last layer and the one before it, where the layer
     fits the registers of at most `most_programs` programs. Its arithmetic is plain float32 whatever the precision switch
@@ -146,19 +149,19 @@ def persistent(
     for warps, units, inputs in itertools.product((4, 8), widest, widest):
         tiles = _persistent(n_out, n_in, n_next, batch, units, inputs, warps, device, rows)
         registers = ((3 + momentum) * units * inputs + 2 * tiles.rows * (inputs + units)) // 32
-        programs = tiles.split_out * tiles.split_in
-        if registers > PERSISTENT_REGISTERS or programs > most_programs:
+        if registers > PERSISTENT_REGISTERS or tiles.programs > most_programs:
             continue
         if cross_entropy and not suffix and tiles.split_out > 1:
             continue
-        fitting.append((programs, tiles.microseconds, tiles))
+        fitting.append(tiles)
     if device.one_barrier and precision != "highest" and not both and batch <= ONE_BARRIER_ROWS and n_out <= ONE_BARRIER_UNITS:
         inputs = ONE_BARRIER_INPUTS[momentum or x_dtype == torch.bfloat16]
         tiles = _one_barrier(n_out, n_in, n_next, batch, inputs, "tf32" if precision == "high" else "bf16", device)
         if 1 < tiles.split_in <= most_programs:
-            fitting.append((tiles.split_in, tiles.microseconds, tiles))
-    longest = near * min((time for _, time, _ in fitting), default=0.0)
-    return min((one for one in fitting if one[1] <= longest), default=(0, 0.0, None))[2]
+            fitting.append(tiles)
+    longest = near * min((tiles.microseconds for tiles in fitting), default=0.0)
+    good = (tiles for tiles in fitting if tiles.microseconds <= longest)
+    return max(good, key=lambda t: (most_programs // t.programs, -t.microseconds, t.num_warps), default=None)
 
 
 def blocks(

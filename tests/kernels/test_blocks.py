@@ -165,7 +165,7 @@ def test_models_side_by_side_have_the_bits_of_each_alone(shape, momentum, monkey
     with interleaved(1) as grids:
         got = kernels.sngd_epochs_(together)
     how = kernels.plan.persistent([n_in, *widths], batch, False, momentum > 0, 20)
-    programs = how.split_out * how.split_in
+    programs = how.programs
     assert grids == ([3 * programs] if 3 * programs <= 20 else [2 * programs, programs])
     for p, q, call, other, ours, theirs in zip(problems, alone, together, apart, got, expected_, strict=True):
         assert torch.equal(p.weight, q.weight)

@@ -52,7 +52,7 @@ def run(p: Problem, batch: int, how: plan.Persistent, seed: int = 0, rule=None, 
             [one_launch.model(call)], call.layers, batch, call.loss, call.momentum, call.nesterov, call.x_scale, how,
             kernel=module.persistent,
         )  # fmt: skip
-    assert grids == [how.split_out * how.split_in] * (how.split_out * how.split_in > 1)
+    assert grids == [how.programs] * (how.programs > 1)
     return result[0]
 
 
@@ -340,7 +340,7 @@ def test_the_model_chooses_only_what_fits():
         if how is None:
             continue
         served += 1
-        assert how.split_out * how.split_in <= most
+        assert how.programs <= most
         assert how.split_out * how.units >= n_out
         assert how.split_in * how.num_warps * how.inputs >= n_in
         assert not n_next or how.next_units >= n_next
