@@ -33,7 +33,7 @@ def lines() -> list[str]:
                 shape = plan.Shape(widths, batch, precision=precision)
                 found = plan.choose(shape, plan.H200, plan.H200.multiprocessors)
                 kept = "-"
-                if plan.persistent(list(widths), batch, False, False, plan.H200.multiprocessors):
+                if plan.persistent(shape, plan.H200.multiprocessors):
                     kept = f"{plan.choose(shape, plan.H200, plan.H200.multiprocessors, 'persistent').microseconds:.1f}"
                 times = [f"{model(shape, plan.H200).microseconds:.1f}" for model in (cost.fused, cost.streamed, cost.plain)]
                 cells = ["-".join(map(str, widths)), str(batch), precision, kept, *times, found.plan, found.limit]
@@ -74,8 +74,8 @@ def models() -> list[str]:
     ]
     most = plan.H200.multiprocessors
     for precision, momentum in itertools.product(("highest", "high", "medium"), (False, True)):
-        how = plan.persistent([784, 100, 10], 20, False, momentum, most, precision=precision)
-        fastest = plan.persistent([784, 100, 10], 20, False, momentum, most, precision=precision, near=1.0)
+        shape = plan.Shape((784, 100, 10), 20, momentum=momentum, precision=precision)
+        how, fastest = plan.persistent(shape, most), plan.persistent(shape, most, near=1.0)
         took = plan.side_by_side(how, MODELS, most)
         programs = how.programs
         gain = MODELS * fastest.microseconds / took

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import losses
 from . import fused, graphs, one_launch, plan, streamed
 from .fused import Call, Layer, Pass, chain, forward
 
@@ -125,13 +124,13 @@ def _widths(layers: list[Layer]) -> tuple[int, ...]:
     return (layers[0].n_in, *(layer.n_out for layer in layers))
 
 
-def blocks_tiles(widths: list[int], batch_size: int, loss: int, momentum: bool, steps: float, weight: Tensor) -> Any:
+def blocks_tiles(widths: list[int], batch_size: int, loss: int, momentum: bool, steps: float, x: Tensor) -> Any:
     """The tiles with which `sngd_blocks_` runs blocks of about `steps` steps in one launch, or None where it should not."""
     if os.environ.get(plan.ENVIRONMENT_VARIABLE, "auto") not in ("auto", "persistent"):
         return None
-    device, most = plan.device_of(weight.device), _most_programs(weight)
     precision = torch.get_float32_matmul_precision()
-    return plan.blocks(widths, batch_size, loss == losses.CROSS_ENTROPY, momentum, steps, most, device, precision)
+    shape = plan.Shape(tuple(widths), batch_size, loss, momentum=momentum, x_dtype=x.dtype, precision=precision)
+    return plan.blocks(shape, steps, _most_programs(x), plan.device_of(x.device))
 
 
 def sngd_blocks_(

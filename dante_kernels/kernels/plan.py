@@ -118,29 +118,20 @@ def _one_barrier(
 
 
 def persistent(
-    widths: list[int],
-    batch: int,
-    cross_entropy: bool,
-    momentum: bool,
-    most_programs: int,
-    device: Device = H200,
-    both: bool = False,
-    precision: str = "highest",
-    x_dtype: torch.dtype = torch.float32,
-    near: float = NEAR,
+    shape: Shape, most_programs: int, device: Device = H200, both: bool = False, near: float = NEAR
 ) -> Persistent | None:
     """The tiles of the persistent plan: of those near the fastest, by the model, those of which the most find room at once.
 
     So that several models run side by side, with the tiles, and the bits, of each alone. None where the plan does not serve.
 
-    `widths` are n_in, n_out and the widths of the suffix. It serves the last layer and the one before it, where the layer
-    fits the registers of at most `most_programs` programs. Its arithmetic is plain float32 whatever the precision switch
-    allows: that costs little there, and tf32 needs registers that the tiles have. Only the form with one barrier a step has
-    its products on the matrix units, in the switch's `precision`. Times up to `near` times the fastest count as equal.
-    `both` says that the last layer is trained too, in turn with the one before it.
+    It serves the last layer and the one before it, where the layer fits the registers of at most `most_programs` programs.
+    Its arithmetic is plain float32 whatever the precision switch allows: that costs little there, and tf32 needs registers
+    that the tiles have. Only the form with one barrier a step has its products on the matrix units, in the switch's
+    precision. Times up to `near` times the fastest count as equal. `both` says that the last layer is trained too, in turn
+    with the one before it.
     """
-    n_in, n_out, *suffix = widths
-    n_next = suffix[0] if suffix else 0
+    n_in, n_out, *suffix = shape.widths
+    n_next, batch = suffix[0] if suffix else 0, shape.batch
     if len(suffix) > 1 or n_next > (16 if both else 64):
         return None
     # Found by compiling: larger tiles spill. Widened bfloat16 in a dot of 64 rows would be rounded to tf32 (`tiling._largest`).
@@ -148,15 +139,16 @@ def persistent(
     fitting = []
     for warps, units, inputs in itertools.product((4, 8), widest, widest):
         tiles = _persistent(n_out, n_in, n_next, batch, units, inputs, warps, device, rows)
-        registers = ((3 + momentum) * units * inputs + 2 * tiles.rows * (inputs + units)) // 32
+        registers = ((3 + shape.momentum) * units * inputs + 2 * tiles.rows * (inputs + units)) // 32
         if registers > PERSISTENT_REGISTERS or tiles.programs > most_programs:
             continue
-        if cross_entropy and not suffix and tiles.split_out > 1:
+        if shape.loss == losses.CROSS_ENTROPY and not suffix and tiles.split_out > 1:
             continue
         fitting.append(tiles)
-    if device.one_barrier and precision != "highest" and not both and batch <= ONE_BARRIER_ROWS and n_out <= ONE_BARRIER_UNITS:
-        inputs = ONE_BARRIER_INPUTS[momentum or x_dtype == torch.bfloat16]
-        tiles = _one_barrier(n_out, n_in, n_next, batch, inputs, "tf32" if precision == "high" else "bf16", device)
+    fits = batch <= ONE_BARRIER_ROWS and n_out <= ONE_BARRIER_UNITS
+    if device.one_barrier and shape.precision != "highest" and not both and fits:
+        inputs = ONE_BARRIER_INPUTS[shape.momentum or shape.x_dtype == torch.bfloat16]
+        tiles = _one_barrier(n_out, n_in, n_next, batch, inputs, "tf32" if shape.precision == "high" else "bf16", device)
         if 1 < tiles.split_in <= most_programs:
             fitting.append(tiles)
     longest = near * min((tiles.microseconds for tiles in fitting), default=0.0)
@@ -164,26 +156,19 @@ def persistent(
     return max(good, key=lambda t: (most_programs // t.programs, -t.microseconds, t.num_warps), default=None)
 
 
-def blocks(
-    widths: list[int],
-    batch: int,
-    cross_entropy: bool,
-    momentum: bool,
-    steps: float,
-    most_programs: int,
-    device: Device = H200,
-    precision: str = "highest",
-) -> Persistent | None:
+def blocks(shape: Shape, steps: float, most_programs: int, device: Device = H200) -> Persistent | None:
     """The tiles with which blocks of `steps` steps, of two layers in turn, run in one launch, or None where that is slower.
+
+    `shape` is that of a pass of the first layer; the second one's input is float32 whatever x is.
 
     There a step of either layer takes what the hidden one's takes, but a block costs nothing beside its steps, neither on the
     device nor in Python.
     """
-    if len(widths) != 3:
+    if len(shape.widths) != 3:
         return None
-    both = persistent(widths, batch, cross_entropy, momentum, most_programs, device, both=True)
-    rest = (batch, cross_entropy, momentum, most_programs, device)
-    alone = [persistent(widths[i:], *rest, precision=precision) for i in range(2)]
+    both = persistent(shape, most_programs, device, both=True)
+    last = shape._replace(widths=shape.widths[1:], x_dtype=torch.float32)
+    alone = [persistent(one, most_programs, device) for one in (shape, last)]
     if both is None or None in alone:
         return both
     in_turn = steps * sum(tiles.microseconds for tiles in alone if tiles) + 2 * device.block
@@ -220,14 +205,6 @@ def device_of(device: torch.device) -> Device:
     return H200._replace(multiprocessors=found.multi_processor_count, l2_bytes=found.L2_cache_size, one_barrier=one_barrier)
 
 
-def _persistent_of(shape: Shape, most_programs: int, device: Device) -> Persistent | None:
-    cross_entropy = shape.loss == losses.CROSS_ENTROPY
-    return persistent(
-        list(shape.widths), shape.batch, cross_entropy, shape.momentum, most_programs, device,
-        precision=shape.precision, x_dtype=shape.x_dtype,
-    )  # fmt: skip
-
-
 def _persistent_cost(tiles: Persistent, shape: Shape, most_programs: int, device: Device) -> Cost:
     """The persistent plan's cost; its limit is what would save the most if it took no time."""
     free = {
@@ -235,7 +212,7 @@ def _persistent_cost(tiles: Persistent, shape: Shape, most_programs: int, device
         "arithmetic": device._replace(fma=float("inf")),
         "L2": device._replace(l2_per_multiprocessor=float("inf")),
     }
-    without = {limit: _persistent_of(shape, most_programs, better) or tiles for limit, better in free.items()}
+    without = {limit: persistent(shape, most_programs, better) or tiles for limit, better in free.items()}
     return Cost(tiles.microseconds, min(without, key=lambda limit: without[limit].microseconds), 0)
 
 
@@ -245,7 +222,7 @@ def _refusal(shape: Shape, most_programs: int, device: Device) -> str:
     easy = shape._replace(widths=(1, 1, *[1] * min(len(suffix), 1)), batch=1, loss=losses.MSE, momentum=False)
 
     def serves(most_programs: int = _PLENTY, **demand: Any) -> bool:
-        return _persistent_of(easy._replace(**demand), most_programs, device) is not None
+        return persistent(easy._replace(**demand), most_programs, device) is not None
 
     reasons = []
     if not serves(widths=(1, 1, *[1] * len(suffix))):
@@ -282,7 +259,7 @@ def choose(shape: Shape, device: Device, most_programs: int, wanted: str = "auto
     if wanted not in ("auto", *SERVED):
         raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected one of auto, {', '.join(SERVED)}, got {wanted!r}")
     costs = {"streamed": cost.streamed(shape, device), "fused": cost.fused(shape, device)}
-    tiles = _persistent_of(shape, most_programs, device)
+    tiles = persistent(shape, most_programs, device)
     if tiles is not None:
         costs["persistent"] = _persistent_cost(tiles, shape, most_programs, device)
     elif wanted == "persistent":

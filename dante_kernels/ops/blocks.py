@@ -37,7 +37,7 @@ def block_launcher(
     if len(layers) != 2 or not hasattr(serving, "sngd_blocks_"):
         return None
     widths = [weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
-    tiles = serving.blocks_tiles(widths, min(batch_size, x.shape[0]), losses.code(loss), momentum, steps, weight)
+    tiles = serving.blocks_tiles(widths, min(batch_size, x.shape[0]), losses.code(loss), momentum, steps, x)
     return None if tiles is None else (serving, tiles)
 
 

@@ -54,13 +54,14 @@ def outcomes(calls: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor] |
         checks.no_aliases(changed, tuple(value for arguments in flat for value in arguments))
         results: dict[int, tuple[Tensor, Tensor] | Exception] = {}
         for (served_by, *_), members in groups.items():
-            serving, group = backends.module(served_by), [flat[i] for i in members]
-            together = getattr(serving, "sngd_epochs_", None) if len(group) > 1 else None
-            try:
-                done = [serving.sngd_epoch_(*one) for one in group] if together is None else together(group)
-            except Exception as error:
-                done = [error] * len(group)
-            results.update(zip(members, done, strict=True))
+            serving = backends.module(served_by)
+            together = getattr(serving, "sngd_epochs_", None) if len(members) > 1 else None
+            for part in [members] if together else [[i] for i in members]:
+                try:
+                    done = together([flat[i] for i in part]) if together else [serving.sngd_epoch_(*flat[part[0]])]
+                except Exception as error:
+                    done = [error] * len(part)
+                results.update(zip(part, done, strict=True))
         registration.count_up(changed.values())
     return [results[i] for i in range(len(flat))]
 

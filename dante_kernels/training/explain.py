@@ -148,14 +148,15 @@ def explain(
     layers = []
     for i, (n_in, n_out) in enumerate(pairwise(widths)):
         bias = net.layers[i].bias is not None
-        shape = plan.Shape(tuple(widths[i:]), batch, code, bias, velocity > 0, x_dtype, switch)
+        # A hidden layer's result, the next one's input, is float32 whatever x is.
+        shape = plan.Shape(tuple(widths[i:]), batch, code, bias, velocity > 0, x_dtype if i == 0 else torch.float32, switch)
         choice = plan.choose(shape, gpu, gpu.multiprocessors, wanted) if net.trainable[i] else None
         launched = 0.0 if choice is None else max(choice.microseconds, choice.launches * gpu.host_launch)
         layers.append(LayerPlan(i, net.names[i], n_in, n_out, choice, launched))
     both = None
     if all(net.trainable) and wanted in ("auto", "persistent"):
-        softmax = code == losses.CROSS_ENTROPY
-        both = plan.blocks(widths, batch, softmax, velocity > 0, INNER_STEPS, gpu.multiprocessors, gpu, switch)
+        shape = plan.Shape(tuple(widths), batch, code, momentum=velocity > 0, x_dtype=x_dtype, precision=switch)
+        both = plan.blocks(shape, INNER_STEPS, gpu.multiprocessors, gpu)
     times = [layer.choice.microseconds for layer in layers if layer.choice is not None]
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "an H200"
     chain = "-".join(map(str, widths))

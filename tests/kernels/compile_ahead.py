@@ -168,8 +168,8 @@ class Collector:
 
 def serves(widths, batch, loss, activation, precision, special) -> bool:
     """Whether the persistent plan serves a case on an H200."""
-    found = plan.persistent(list(widths), batch, loss == "cross_entropy", "momentum" in special, 132)
-    return found is not None
+    shape = plan.Shape(widths, batch, losses.code(loss), momentum="momentum" in special, precision=precision)
+    return plan.persistent(shape, 132) is not None
 
 
 def run_case(widths, batch, loss, activation, precision, special) -> None:
@@ -209,7 +209,7 @@ def run_blocks(widths, batch, full) -> None:
     biases = [torch.zeros(n_out) for n_out in widths[1:]]
     velocities = [[torch.zeros_like(t) if full else None for t in tensors] for tensors in (weights, biases)]
     code, momentum = losses.code("mse"), 0.9 if full else 0.0
-    tiles = kernels.blocks_tiles(list(widths), batch, code, full, 1.0, weights[0])
+    tiles = kernels.blocks_tiles(list(widths), batch, code, full, 1.0, torch.zeros(batch, widths[0]))
     schedule = torch.tensor([[0, batch, layer, layer] for layer in range(2)])
     kernels.sngd_blocks_(
         weights, biases, torch.zeros(batch, widths[0]), torch.zeros(batch, widths[-1]), torch.arange(batch), schedule, batch,

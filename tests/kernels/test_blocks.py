@@ -164,7 +164,7 @@ def test_models_side_by_side_have_the_bits_of_each_alone(shape, momentum, monkey
         expected_ = [kernels.sngd_epochs_([call])[0] for call in apart]
     with interleaved(1) as grids:
         got = kernels.sngd_epochs_(together)
-    how = kernels.plan.persistent([n_in, *widths], batch, False, momentum > 0, 20)
+    how = kernels.plan.persistent(kernels.plan.Shape((n_in, *widths), batch, momentum=momentum > 0), 20)
     programs = how.programs
     assert grids == ([3 * programs] if 3 * programs <= 20 else [2 * programs, programs])
     for p, q, call, other, ours, theirs in zip(problems, alone, together, apart, got, expected_, strict=True):

@@ -254,7 +254,8 @@ def test_models_side_by_side_have_the_bits_of_each_alone():
 
 def test_the_model_chooses_it_where_tf32_is_allowed():
     def chosen(widths, batch, precision, momentum=False, device=plan.H200, most=132):
-        return plan.persistent(widths, batch, False, momentum, most, device, precision=precision)
+        shape = plan.Shape(tuple(widths), batch, momentum=momentum, precision=precision)
+        return plan.persistent(shape, most, device)
 
     for precision in ("high", "medium"):
         how = chosen([784, 100, 10], 20, precision)

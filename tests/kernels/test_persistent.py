@@ -150,7 +150,7 @@ def test_unfair_schedules_give_the_same_bits(case, unfair):
 
 def test_the_paper_s_net_with_its_28_programs():
     p = make_problem(seed=8, rows=27, n_in=784, widths=(100, 10))
-    how = plan.persistent([784, 100, 10], 20, False, False, 132)
+    how = plan.persistent(plan.Shape((784, 100, 10), 20), 132)
     assert (how.split_out, how.split_in) == (7, 4)
     assert_pass_is_right(p, 20, how)
 
@@ -335,8 +335,8 @@ def test_the_model_chooses_only_what_fits():
     )
     served = 0
     for n_in, n_out, n_next, batch, loss, most in everything:
-        widths = [n_in, n_out, n_next] if n_next else [n_in, n_out]
-        how = plan.persistent(widths, batch, loss == "cross_entropy", False, most)
+        widths = (n_in, n_out, n_next) if n_next else (n_in, n_out)
+        how = plan.persistent(plan.Shape(widths, batch, losses.code(loss)), most)
         if how is None:
             continue
         served += 1
@@ -347,8 +347,8 @@ def test_the_model_chooses_only_what_fits():
         assert n_next or loss != "cross_entropy" or how.split_out == 1
         assert how.microseconds >= 0
     assert served > 50
-    assert plan.persistent([784, 100, 10, 10], 20, False, False, 132) is None
-    assert plan.persistent([12288, 3072, 10], 20, False, False, 132) is None
+    for widths in ((784, 100, 10, 10), (12288, 3072, 10)):
+        assert plan.persistent(plan.Shape(widths, 20), 132) is None
 
 
 def test_a_small_layer_takes_the_plan_and_agrees_with_the_fused_one(monkeypatch):

@@ -149,7 +149,7 @@ def test_small_layers_stay_on_chip_and_large_ones_do_not():
 
 
 def test_a_plan_that_serves_but_is_slower_is_not_chosen(monkeypatch):
-    slow = plan.persistent([784, 100, 10], 20, False, False, 132)._replace(microseconds=1e3)
+    slow = plan.persistent(Shape((784, 100, 10), 20), 132)._replace(microseconds=1e3)
     monkeypatch.setattr(plan, "persistent", lambda *args, **rest: slow)
     found = plan.choose.__wrapped__(Shape((784, 100, 10), 20), H200, 132)
     assert found.plan == "fused"
@@ -171,8 +171,8 @@ def test_every_choice_serves_what_is_asked():
         assert found.microseconds > 0
         assert (found.tiles is not None) == (found.plan == "persistent") == (found.launches == 0)
         if found.tiles is not None:
-            asked = (list(widths), batch, loss == losses.CROSS_ENTROPY, momentum, most)
-            assert found.tiles == plan.persistent(*asked)
+            shape = Shape(widths, batch, loss, momentum=momentum, x_dtype=x_dtype)
+            assert found.tiles == plan.persistent(shape, most)
     assert plans == set(plan.SERVED)
 
 
@@ -196,7 +196,7 @@ def test_the_reason_names_what_stands_against_the_persistent_plan(widths, batch,
 
 
 def test_models_side_by_side_share_l2_and_what_has_no_room_waits():
-    how = plan.persistent([784, 100, 10], 20, False, False, 132, precision="high")
+    how = plan.persistent(Shape((784, 100, 10), 20, precision="high"), 132)
     alone, ten = (plan.side_by_side(how, models, 132) for models in (1, 10))
     assert alone == pytest.approx(how.microseconds)
     shared = 10 * how.split_in * how.drawn / H200.l2 - how.drawn / H200.l2_per_multiprocessor
@@ -230,7 +230,7 @@ def test_the_tables_in_the_docs_are_what_the_model_says():
 
 def test_blocks_are_one_launch_while_that_is_faster_than_python_and_the_device_block_by_block():
     def longest(batch: int, device: plan.Device = H200) -> int:
-        chosen = [plan.blocks([784, 100, 10], batch, False, False, steps, 132, device) is not None for steps in range(1, 2000)]
+        chosen = [plan.blocks(Shape((784, 100, 10), batch), steps, 132, device) is not None for steps in range(1, 2000)]
         assert chosen == sorted(chosen, reverse=True)  # short blocks, and no long ones
         return sum(chosen)
 
@@ -239,4 +239,4 @@ def test_blocks_are_one_launch_while_that_is_faster_than_python_and_the_device_b
     by_the_device = H200._replace(host_block=0.0)
     assert 0 < longest(20, by_the_device) < longest(20)
     assert longest(20, by_the_device._replace(block=0.0)) == 0
-    assert plan.blocks([784, 100, 100, 10], 20, False, False, 20, 132) is None
+    assert plan.blocks(Shape((784, 100, 100, 10), 20), 20, 132) is None

@@ -6,7 +6,7 @@ from support import make_problem
 from torch import nn
 
 from dante_kernels import ops
-from dante_kernels.ops import backends
+from dante_kernels.ops import backends, many
 
 
 def call(seed, *, lr=0.1, batch_size=3, momentum=0.0, order=True, **kind):
@@ -135,3 +135,22 @@ def test_data_may_be_shared_and_autograd_sees_the_change():
 
 def test_no_calls_are_no_results():
     assert ops.sngd_epochs_([]) == []
+
+
+def test_a_call_that_its_backend_cannot_serve_is_the_only_one_that_fails(monkeypatch):
+    calls, epoch = [call(seed) for seed in range(3)], backends._Reference.sngd_epoch_
+    expected = [{name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in one.items()} for one in calls]
+
+    def serve(*arguments):
+        if arguments[0] is calls[1]["weight"]:
+            raise RuntimeError("no memory")
+        return epoch(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backends._Reference, "sngd_epoch_", staticmethod(serve))
+        first, error, last = many.outcomes([dict(one, backend="reference") for one in calls])
+    assert str(error) == "no memory"
+    for i, got in ((0, first), (2, last)):
+        assert all(map(torch.equal, got, ops.sngd_epoch_(**expected[i], backend="reference")))
+        assert torch.equal(calls[i]["weight"], expected[i]["weight"])
+    assert torch.equal(calls[1]["weight"], expected[1]["weight"])

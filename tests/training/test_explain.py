@@ -59,6 +59,8 @@ def test_settings_decide_as_they_do_in_training():
 
     assert took() == took(momentum=0.9) > took(momentum=0) > took(momentum=0, precision="high")  # 0.9 where no lr is given
     assert took(500, x_dtype=torch.uint8) < took(500)
+    narrow, full = (dk.explain(wide, 500, x_dtype=dtype).layers[1] for dtype in (torch.uint8, torch.float32))
+    assert narrow == full  # whose input is the hidden layer's result
 
 
 def test_a_round_that_is_one_launch_is_explained(monkeypatch):
