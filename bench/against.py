@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from . import measure, report, workloads
 from .workloads import OURS, Workload
 
@@ -92,9 +94,9 @@ class Side:
         self.process.wait()
 
 
-def cases(quick: bool, rows: int) -> list[tuple[str, Workload]]:
+def cases(quick: bool, rows: int, device: torch.device) -> list[tuple[str, Workload]]:
     """What both sides are measured on."""
-    return [(kind, w.sized(rows)) for kind in ("step", "pass") for w in workloads.of(kind, quick)]
+    return [(kind, w.sized(rows)) for kind in ("step", "pass") for w in workloads.of(kind, quick, device)]
 
 
 def serve(requests: Iterator[str], answer: Any, device: Any, quick: bool, rows: int) -> None:
@@ -112,7 +114,7 @@ def serve(requests: Iterator[str], answer: Any, device: Any, quick: bool, rows: 
             answer({"value": {name: str(Path(file).resolve().parent.parent) for name, file in modules.items()}})
             continue
         (i,) = arguments
-        kind, workload = cases(quick, rows)[i]
+        kind, workload = cases(quick, rows, device)[i]
         if i not in known:
             problem, order = workloads.random_problem(workload, device)
             row, method = measure.checked(workloads.METHODS[OURS], measure.Truths(kind, problem, order))
@@ -147,7 +149,7 @@ def compare(sides: dict[str, Path], settings: dict[str, Any], repeats: int) -> I
 
     `sides` names the folders of "base" and "head".
     """
-    many = cases(settings["quick"], settings["rows"])
+    many = cases(settings["quick"], settings["rows"], torch.device(settings["device"]))
     verdicts: dict[int, Verdict] = {}
     wanted = list(range(len(many)))
     for looks in (1, 2):

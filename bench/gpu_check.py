@@ -5,9 +5,8 @@
 First correctness: every operator against the float64 reference on the CPU by the error rule of the tests, equality of a
 pass with its steps, short blocks and models in one launch, 200 repeats bitwise while another stream keeps the device busy,
 capture and replay as CUDA graphs, and compute-sanitizer on small cases where it is installed. Only when all of that holds,
-the numbers that the cost model assumes, measured (`gpu_limits.py`), and the timings: microseconds of an SNGD step against
-the same step and a plain SGD step by torch, eager and as CUDA graphs, in one process, interleaved; and of many models side
-by side. Results go to bench/results/ as JSON with device, versions and commit. ``--device cpu`` with TRITON_INTERPRET=1 is
+the numbers that the cost model assumes, measured (`gpu_limits.py`), and timings (`gpu_timings.py`). Results go to
+bench/results/ as JSON with device, versions and commit. ``--device cpu`` with TRITON_INTERPRET=1 is
 a rehearsal without a GPU, some minutes long: a few of the checks, no timings.
 """
 
@@ -17,15 +16,12 @@ import argparse
 import datetime
 import itertools
 import json
-import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,48 +32,23 @@ import torch
 from support import ACTIVATIONS, LOSSES, Problem, assert_error_rule, make_problem, net, weights
 
 import dante_kernels as dk
-from bench import gpu_limits
+from bench import gpu_limits, gpu_timings
+from bench.gpu_timings import chosen_plan, moved
 from bench.peers.cuda_graph import graph_of
-from dante_kernels import losses, ops, reference
-from dante_kernels.ops import Layer, backends
+from dante_kernels import ops
+from dante_kernels.ops import backends
 from dante_kernels.training.run import matmul_precision
 
 SHAPES = [  # rows, n_in, widths of the active layer and its suffix
     (1, 5, (4, 3)), (9, 7, (1,)), (20, 784, (100, 10)), (100, 784, (100, 10)), (100, 100, (10,)),
     (33, 784, (400, 200, 10)), (17, 65, (129, 31, 7, 5)), (50, 3072, (512, 10)), (40, 60, (30, 784)),
 ]  # fmt: skip
-PLANS = ("auto", "fused", "streamed")  # as DANTE_GPU_PLAN names them
-TIMED = [
-    *((widths, "highest") for widths in ((784, 100, 10), (784, 400, 200, 10), (3072, 512, 10))),
-    ((784, 100, 10), "high"),
-]  # fmt: skip
-MODELS = (1, 8, 32)
-BATCHES = (20, 100, 500)
+PLANS = ("auto", "fused", "streamed", "library")  # as DANTE_GPU_PLAN names them
 SWITCHES = ("highest", "high")  # "high" for the form with one barrier a step
 
 
 class Skipped(Exception):
     """A check cannot be made here, and why."""
-
-
-@contextmanager
-def chosen_plan(name: str, graphs: str = "1") -> Iterator[None]:
-    """The GPU kernels take this plan, with CUDA graphs ("1") or launch by launch ("0")."""
-    os.environ |= {"DANTE_GPU_PLAN": name, "DANTE_CUDA_GRAPHS": graphs}
-    try:
-        yield
-    finally:
-        del os.environ["DANTE_GPU_PLAN"], os.environ["DANTE_CUDA_GRAPHS"]
-
-
-def moved(problem: Problem, device: torch.device) -> Problem:
-    """A copy of a problem on a device."""
-
-    def move(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None else t.to(device, copy=True)
-
-    suffix = [Layer(move(w), move(b), phi) for w, b, phi in problem.suffix]
-    return Problem(*(move(t) for t in problem.args[:4]), suffix, *problem.args[5:])
 
 
 def cases(few: bool) -> Iterator[dict[str, Any]]:
@@ -229,7 +200,7 @@ def check_graph_replays(device: torch.device, few: bool) -> str:
         raise Skipped("there are no CUDA graphs on this device")
     from dante_kernels.kernels import graphs
 
-    passes = [(plan, "highest", shape) for plan in ("fused", "streamed") for shape in SHAPES]
+    passes = [(plan, "highest", shape) for plan in ("fused", "streamed", "library") for shape in SHAPES]
     passes.append(("streamed", "high", (300, 3072, (1024, 10))))  # some of whose products are the library's
     for plan, precision, (rows, n_in, widths) in passes:
         pair = [moved(make_problem(seed=6, rows=rows, n_in=n_in, widths=widths), device) for _ in range(2)]
@@ -301,113 +272,6 @@ CHECKS = [
 ]
 
 
-def competitors(widths: tuple[int, ...], batch: int, device: torch.device) -> tuple[int, dict[str, Callable[[], object]]]:
-    """(steps in a call, calls): each runs that many steps on a first layer (or the whole net, for SGD) of these widths."""
-    steps = 20
-    n_in, *rest = widths
-
-    def fresh() -> Problem:
-        return moved(make_problem(seed=1, rows=steps * batch, n_in=n_in, widths=tuple(rest), class_indices=True), device)
-
-    order = torch.randperm(steps * batch, device=device)
-    lr = torch.tensor(1e-3, device=device)
-    mine, plain = fresh(), fresh()
-
-    def sngd_triton() -> object:
-        return ops.sngd_epoch_(*mine.args[:4], order, batch, *mine.args[4:], lr, backend="triton")
-
-    def sngd_triton_fused() -> object:
-        with chosen_plan("fused"):
-            return sngd_triton()
-
-    def sngd_torch() -> object:
-        p = plain
-        return reference.sngd_epoch_(
-            *p.args[:4], order, batch, p.suffix, p.activation, losses.code(p.loss), lr, None, None, 0.0, False
-        )
-
-    sgd = fresh()
-    parameters = [t.requires_grad_() for layer in ((sgd.weight, sgd.bias), *sgd.suffix) for t in layer[:2]]
-    one_hot = torch.nn.functional.one_hot(sgd.target, widths[-1]).float()
-
-    def sgd_torch() -> None:
-        for start in range(0, steps * batch, batch):
-            rows = order[start : start + batch]
-            h = sgd.x[rows]
-            for w, b in zip(parameters[::2], parameters[1::2], strict=True):
-                h = torch.nn.functional.leaky_relu(torch.nn.functional.linear(h, w, b), 0.01)
-            gradients = torch.autograd.grad(torch.nn.functional.mse_loss(h, one_hot[rows]), parameters)
-            torch._foreach_add_([p.detach() for p in parameters], gradients, alpha=-1e-3)
-
-    eager = {
-        "sngd_triton": sngd_triton,
-        "sngd_triton_fused": sngd_triton_fused,
-        "sngd_torch_eager": sngd_torch,
-        "sgd_torch_eager": sgd_torch,
-    }
-    graphs = {
-        "sngd_triton_graph": graph_of(sngd_triton).replay,
-        "sngd_triton_fused_graph": graph_of(sngd_triton_fused).replay,
-        "sngd_torch_graph": graph_of(sngd_torch).replay,
-        "sgd_torch_graph": graph_of(sgd_torch).replay,
-    }
-    return steps, {**eager, **graphs}
-
-
-def timings(device: torch.device) -> list[dict[str, Any]]:
-    """Microseconds a step of each competitor, interleaved: median, p20 and p80."""
-    rows = []
-    for (widths, precision), batch in itertools.product(TIMED, BATCHES):
-        with matmul_precision(precision):
-            steps, calls = competitors(widths, batch, device)
-            samples: dict[str, list[float]] = {name: [] for name in calls}
-            for repeat in range(33):
-                for name, call in calls.items():
-                    torch.cuda.synchronize()
-                    begin = time.perf_counter()
-                    call()
-                    torch.cuda.synchronize()
-                    if repeat >= 3:
-                        samples[name].append((time.perf_counter() - begin) * 1e6 / steps)
-            for name, values in samples.items():
-                p20, *_, p80 = statistics.quantiles(values, n=5)
-                median = statistics.median(values)
-                rows.append(
-                    {
-                        "net": "-".join(map(str, widths)), "batch": batch, "precision": precision, "method": name,
-                        "us_per_step": median, "p20": p20, "p80": p80, "samples_per_second": batch * 1e6 / median,
-                    }
-                )  # fmt: skip
-            best = min(r["us_per_step"] for r in rows[-len(calls) :] if "triton" not in r["method"])
-            for r in rows[-len(calls) :]:
-                print(f"{r['net']:>16} batch {batch:>3} {r['method']:>23} {r['us_per_step']:9.2f} us, best peer {best:.2f}")
-    return rows
-
-
-def many_models(
-    device: torch.device, counts: tuple[int, ...] = MODELS, steps: int = 200, n_in: int = 784, hidden: int = 100
-) -> list[dict[str, Any]]:
-    """Samples a second of all models of one hidden layer side by side, batch 20, as a multiple of those of the first count."""
-    rows: list[dict[str, Any]] = []
-    for precision in SWITCHES:
-        for count in counts:
-            problems = [
-                moved(make_problem(seed=seed, rows=20 * steps, n_in=n_in, widths=(hidden, 10)), device) for seed in range(count)
-            ]
-            names = ("weight", "bias", "x", "target", "suffix", "activation", "loss")
-            calls = [
-                dict(zip(names, p.args, strict=True), order=None, batch_size=20, lr=1e-3, backend="triton") for p in problems
-            ]
-            with matmul_precision(precision):
-                took = gpu_limits.microseconds(lambda calls=calls: ops.sngd_epochs_(calls), device, 5)  # type: ignore[misc]
-            rows.append({"precision": precision, "models": count, "samples_per_second": count * 20 * steps * 1e6 / took})
-            rows[-1]["times_of_the_first"] = rows[-1]["samples_per_second"] / next(
-                row["samples_per_second"] for row in rows if row["precision"] == precision
-            )
-            print(f"{count:>3} models, {precision}: {rows[-1]['times_of_the_first']:.2f} times")
-    return rows
-
-
 def environment(device: torch.device) -> dict[str, str]:
     """What the results belong to."""
     import triton
@@ -462,7 +326,7 @@ def main() -> int:
         report["limits"] = gpu_limits.measure(device)
         for name, number in report["limits"]["device"].items():
             print(f"{name}: assumed {number['assumed']}, measured {number['measured']:.4g}")
-        report["timings"], report["many_models"] = timings(device), many_models(device)
+        report["timings"], report["many_models"] = gpu_timings.steps(device), gpu_timings.many_models(device)
     elif not passed:
         print("no timings: a speed is not reported while a check fails", file=sys.stderr)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -144,7 +144,7 @@ def cases(settings: Row, device: Any) -> list[tuple[str, str, Any, bool]]:
         elif kind == "scaling":
             found += [(kind, work, workload, False) for work, workload in scaling.study(settings["quick"])]
         else:
-            several = [workload.sized(settings["rows"]) for workload in workloads.of(kind, settings["quick"])]
+            several = [workload.sized(settings["rows"]) for workload in workloads.of(kind, settings["quick"], device)]
             for cold in (False, True) if kind == "step" and device.type == "cuda" else (False,):
                 found += [(kind, w.what if kind == "pass" else measure.STEP, w, cold) for w in several]
     return found

@@ -60,6 +60,13 @@ PASSES = [
     Workload((784, 100, 10), 100, trained=2, epochs=5),
     Workload((784, 400, 200, 10), 100, trained=3),
 ]
+# On a GPU: an SNGD pass of the first layer, and a round of the whole net beside as many weights updated by SGD.
+GPU_PASSES = [
+    Workload(widths, batch, trained)
+    for widths in ((784, 100, 10), (784, 400, 200, 10), (3072, 512, 10), (12288, 3072, 1536, 768, 384, 200))
+    for batch in (20, 100, 500)
+    for trained in (1, len(widths) - 1)
+]
 STEPS = [Workload((784, 100, 10), batch) for batch in (20, 100, 500)] + [Workload((784, 400, 200, 10), 100)]
 QUICK = Workload((20, 16, 10), 10, trained=2)
 
@@ -70,6 +77,7 @@ ALTERNATING = {  # name: module of bench.peers, class
     "dk.fit": "ours:Fit",
     "torch SNGD": "torch_plain:PlainSngd",
     "torch.compile SNGD": "torch_compiled:CompiledSngd",
+    "torch.compile SNGD, reduce-overhead": "torch_compiled:CompiledGraphedSngd",
     "CUDA graph SNGD": "cuda_graph:GraphedSngd",
     "JAX scan SNGD": "jax_scan:ScanSngd",
 }
@@ -111,11 +119,13 @@ RATES = {
 PACKAGES = {"jax_scan": "jax", "sklearn_mlp": "sklearn"}  # what a peer needs beside torch
 
 
-def of(kind: str, quick: bool) -> list[Workload]:
-    """Those of a kind: step or pass."""
+def of(kind: str, quick: bool, device: torch.device) -> list[Workload]:
+    """Those of a kind, step or pass, for a device."""
     if quick:
         return [QUICK]
-    return STEPS if kind == "step" else PASSES
+    if kind == "step":
+        return STEPS
+    return GPU_PASSES if device.type == "cuda" else PASSES
 
 
 def method_class(place: str) -> type[Method]:

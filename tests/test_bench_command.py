@@ -128,7 +128,7 @@ import os, signal
 from bench import limits, workloads
 from bench.peers import torch_autograd
 limits.of = lambda *_: limits.Limits(1e12, 1e10)
-workloads.of = lambda kind, quick: [workloads.QUICK, workloads.QUICK._replace(batch=20)]
+workloads.of = lambda kind, quick, device: [workloads.QUICK, workloads.QUICK._replace(batch=20)]
 real = torch_autograd.ForeachSgd.round
 def round(self, order):
     if self.problem.batch == 20:

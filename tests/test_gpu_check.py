@@ -46,7 +46,7 @@ def test_a_wrong_kernel_is_reported_and_not_timed(gpu_check, monkeypatch, tmp_pa
     real = kernels.layer_forward
     monkeypatch.setattr(kernels, "layer_forward", lambda *args: real(*args) * 1.00001)
     monkeypatch.setattr(gpu_check, "CHECKS", [gpu_check.check_right])
-    monkeypatch.setattr(gpu_check, "timings", lambda device: pytest.fail("a speed was measured on a red check"))
+    monkeypatch.setattr(gpu_check.gpu_timings, "steps", lambda device: pytest.fail("a speed was measured on a red check"))
     status, report = run(gpu_check, monkeypatch, tmp_path)
     assert status == 1
     assert report["checks"]["check_right"]["status"] == "failed"
@@ -62,7 +62,7 @@ from dante_kernels.kernels import barrier
 cpu = torch.device("cpu")
 barrier.counters(cpu, 1).fill_(5)  # as a launch that was broken off leaves it: a barrier there would never end
 found = gpu_check.gpu_limits.measure(cpu, few=True)["device"]
-rows = gpu_check.many_models(cpu, counts=(1, 2), steps=1, n_in=20, hidden=8)
+rows = gpu_check.gpu_timings.many_models(cpu, counts=(1, 2), steps=1, n_in=20, hidden=8)
 print(json.dumps([found, rows]))
 """
 

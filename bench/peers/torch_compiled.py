@@ -24,6 +24,16 @@ def sgd_step(weights: Layers, x: Tensor, one_hot: Tensor, lr: float) -> None:
             parameter.sub_(lr * gradient)
 
 
+def prepare(method: CompiledSgd | CompiledSngd) -> None:
+    """Weights that keep their addresses, which a CUDA graph changes in place, and a compiler that knows no earlier problem."""
+    if method.mode is not None and method.problem.x.device.type != "cuda":
+        raise NotHere("CUDA graphs need a GPU")
+    for layer in method.weights:
+        for t in layer:
+            torch._dynamo.mark_static_address(t)
+    torch._dynamo.reset()  # or the variants of earlier problems would count against its limit
+
+
 class CompiledSgd(JointMethod):
     """SGD, compiled by Inductor."""
 
@@ -32,12 +42,7 @@ class CompiledSgd(JointMethod):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        if self.mode is not None and problem.x.device.type != "cuda":
-            raise NotHere("CUDA graphs need a GPU")
-        for layer in self.weights:
-            for t in layer:
-                torch._dynamo.mark_static_address(t)
-        torch._dynamo.reset()  # or the variants of earlier problems would count against its limit
+        prepare(self)
         self.one_step = torch.compile(sgd_step, dynamic=False, fullgraph=True, mode=self.mode)
 
     def update(self, x: Tensor, one_hot: Tensor) -> None:
@@ -53,7 +58,15 @@ class CompiledGraphedSgd(CompiledSgd):
 class CompiledSngd(PlainSngd):
     """SNGD, compiled by Inductor."""
 
+    mode: str | None = None
+
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        torch._dynamo.reset()
-        self.one_step = torch.compile(sngd_step, dynamic=False, fullgraph=True)
+        prepare(self)
+        self.one_step = torch.compile(sngd_step, dynamic=False, fullgraph=True, mode=self.mode)
+
+
+class CompiledGraphedSngd(CompiledSngd):
+    """SNGD, compiled, replayed as a CUDA graph that torch captures."""
+
+    mode = "reduce-overhead"

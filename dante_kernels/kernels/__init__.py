@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused, graphs, one_launch, plan, streamed
+from . import fused, graphs, library, one_launch, plan, streamed
 from .fused import Call, Layer, Pass, chain, forward
 
 __all__ = ["blocks_tiles", "layer_forward", "layer_gradient", "sngd_blocks_", "sngd_epoch_", "sngd_epochs_", "sngd_step_"]
@@ -108,7 +108,7 @@ def _side_by_side(group: list[Call]) -> list[tuple[Tensor, Tensor]]:
     with _on_device_of(one.weight):
         if choice.tiles is None:
             launches = choice.launches * -(-one.rows // one.batch_size)
-            run = streamed.run if choice.plan == "streamed" else fused.run
+            run = {"streamed": streamed.run, "fused": fused.run, "library": library.run}[choice.plan]
             return [graphs.run(run, tuple(call), (call.order, call.lr), launches) for call in group]
         at_once = most // choice.tiles.programs
         results: list[tuple[Tensor, Tensor]] = []

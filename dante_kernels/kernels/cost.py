@@ -126,25 +126,36 @@ def _product(rows: int, columns: int, inner: int, how: tiling.Tiles, a_bytes: in
 def fused(shape: Shape, device: Device) -> Cost:
     """A step of `fused.py`: 2 L + 1 launches for L layers, one more where a softmax row is wider than a tile."""
     n_in, n_out, *suffix = shape.widths
-    batch, outputs, x_bytes = shape.batch, shape.widths[-1], shape.x_dtype.itemsize
+    batch, x_bytes = shape.batch, shape.x_dtype.itemsize
     launches = []
     for i, (k, n) in enumerate(pairwise(shape.widths)):
         how = tiling.step_product(n, k, shape.precision)
         launches.append(_product(batch, n, k, how, 4 if i else x_bytes, results=2))
-        wide_softmax = shape.loss == losses.CROSS_ENTROPY and n > how.columns
-    if wide_softmax:
-        launches.append(Launch(batch, 0, 20 * outputs, 20 * batch * outputs))
+    launches += _wide_softmax(shape)
     for k, n in reversed(list(pairwise((n_out, *suffix)))):
         launches.append(_product(batch, k, n, tiling.step_product(k, n, shape.precision), results=2))
     how = tiling.gradient_product(n_out, n_in, shape.x_dtype, shape.precision)
     gradient = _product(n_out, n_in, batch, how)
-    launches.append(gradient)
-    update_tiles = _ceil(n_out, tiling.UPDATE_OUT) * _ceil(n_in, tiling.UPDATE_IN)
-    programs = min(update_tiles, tiling.UPDATE_PROGRAMS)
-    each = 20 if shape.momentum else 12  # G and W read, W written; the velocity read and written
-    drawn = _ceil(update_tiles, programs) * tiling.UPDATE_OUT * tiling.UPDATE_IN * each + 4 * gradient.programs
-    launches.append(Launch(programs, 0, drawn, each * n_in * n_out))
+    launches += [gradient, _update(shape, gradient.programs)]
     return _total(launches, _working_set(shape, 3 if shape.momentum else 2), device)
+
+
+def _wide_softmax(shape: Shape) -> list[Launch]:
+    """The launch that softmax rows wider than a tile have."""
+    outputs, inner = shape.widths[-1], shape.widths[-2]
+    if shape.loss != losses.CROSS_ENTROPY or outputs <= tiling.step_product(outputs, inner, shape.precision).columns:
+        return []
+    return [Launch(shape.batch, 0, 20 * outputs, 20 * shape.batch * outputs)]
+
+
+def _update(shape: Shape, partials: int) -> Launch:
+    """W (and V) from G, by programs of which each adds up all partial sums."""
+    n_in, n_out, *_ = shape.widths
+    tiles = _ceil(n_out, tiling.UPDATE_OUT) * _ceil(n_in, tiling.UPDATE_IN)
+    programs = min(tiles, tiling.UPDATE_PROGRAMS)
+    each = 20 if shape.momentum else 12  # G and W read, W written; the velocity read and written
+    drawn = _ceil(tiles, programs) * tiling.UPDATE_OUT * tiling.UPDATE_IN * each + 4 * partials
+    return Launch(programs, 0, drawn, each * n_in * n_out)
 
 
 # A library's product is taken to spread evenly over the whole device, with tiles of this size: its best case.
@@ -222,37 +233,56 @@ def _advance(shape: Shape) -> Launch:
     return Launch(_ceil(n_out, tiles.rows) * slices, products, drawn, moved, tiles.precision)
 
 
+def _by_either(rows: int, columns: int, inner: int, shape: Shape, device: Device, library: bool) -> list[Launch]:
+    """A product with its epilogue, in one launch, or in two where a library makes the product."""
+    how = tiling.step_product(columns, inner, shape.precision)
+    if library:
+        return [_library_product(rows, columns, inner, shape, device), _sum_of_slices(rows, columns, 1, how)]
+    return [_product(rows, columns, inner, how, results=2)]
+
+
+def _gather(shape: Shape) -> Launch:
+    """A mini-batch's rows of x, copied."""
+    n_in, each = shape.widths[0], 4 + shape.x_dtype.itemsize
+    programs = shape.batch * _ceil(n_in, tiling.GATHER_COLUMNS)
+    return Launch(programs, 0, each * min(n_in, tiling.GATHER_COLUMNS), each * shape.batch * n_in)
+
+
+def library(shape: Shape, device: Device) -> Cost:
+    """A step of `library.py`: at most 4 L + 2 launches for L layers, one more for a softmax row wider than a tile."""
+    n_in, n_out, *suffix = shape.widths
+    launches, batch = [_gather(shape)], shape.batch
+    for k, n in pairwise(shape.widths):
+        launches += _by_either(batch, n, k, shape, device, tiling.worth_a_launch(n, k))
+    launches += _wide_softmax(shape)
+    for k, n in reversed(list(pairwise((n_out, *suffix)))):
+        launches += _by_either(batch, k, n, shape, device, tiling.worth_a_launch(n, k))
+    how = tiling.gradient_product(n_out, n_in, shape.x_dtype, shape.precision)
+    programs = _ceil(n_out, how.rows) * (_ceil(n_in, how.columns) + shape.bias)
+    squares = Launch(programs, 0, 4 * how.rows * how.columns, 4 * n_in * n_out)
+    launches += [_library_product(n_out, n_in, batch, shape, device), squares, _update(shape, programs)]
+    return _total(launches, _working_set(shape, 3 if shape.momentum else 2), device)
+
+
 def streamed(shape: Shape, device: Device) -> Cost:
     """A step of `streamed.py`, as it is within a pass: each step gathers the next one's rows of x.
 
     A library's products, where they are allowed, take one launch more each, for their epilogue.
     """
     n_in, n_out, *suffix = shape.widths
-    batch, outputs = shape.batch, shape.widths[-1]
+    batch = shape.batch
     w_tiles = tiling.streamed_product(n_out, n_in, shape.precision)
     launches = []
     for i, (k, n) in enumerate(pairwise(shape.widths)):
         how = tiling.step_product(n, k, shape.precision)
         if i == 0 and batch <= tiling.NEXT_ROWS:
             launches.append(_sum_of_slices(batch, n, _ceil(k, tiling.streamed_share(n, k, w_tiles)), how))
-        elif tiling.library(n, k, shape.precision):
-            launches += [_library_product(batch, n, k, shape, device), _sum_of_slices(batch, n, 1, how)]
         else:
-            launches.append(_product(batch, n, k, how, results=2))
-        wide_softmax = shape.loss == losses.CROSS_ENTROPY and n > how.columns
-    if wide_softmax:
-        launches.append(Launch(batch, 0, 20 * outputs, 20 * batch * outputs))
+            launches += _by_either(batch, n, k, shape, device, tiling.library(n, k, shape.precision))
+    launches += _wide_softmax(shape)
     for k, n in reversed(list(pairwise((n_out, *suffix)))):
-        how = tiling.step_product(k, n, shape.precision)
-        if tiling.library(n, k, shape.precision):
-            launches += [_library_product(batch, k, n, shape, device), _sum_of_slices(batch, k, 1, how)]
-        else:
-            launches.append(_product(batch, k, n, how, results=2))
-    launches += _norm_without_gradient(shape)
-    each = 4 + shape.x_dtype.itemsize
-    programs = batch * _ceil(n_in, tiling.GATHER_COLUMNS)
-    launches.append(Launch(programs, 0, each * min(n_in, tiling.GATHER_COLUMNS), each * batch * n_in))
-    launches.append(_advance(shape))
+        launches += _by_either(batch, k, n, shape, device, tiling.library(n, k, shape.precision))
+    launches += [*_norm_without_gradient(shape), _gather(shape), _advance(shape)]
     return _total(launches, _working_set(shape, 2 if shape.momentum else 1), device)
 
 

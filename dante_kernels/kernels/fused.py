@@ -147,6 +147,9 @@ class Pass:
         slopes = chain if self.wide_softmax else chain[:-1]
         self.g = [self._scratch(self.batch_size, layer.n_out) for layer in slopes]
         self.loss_partials = self._scratch(self._loss_programs(self.batch_size))
+        widest = [max(layer.n_out, layer.n_in) for layer in chain if self._by_library(layer)]
+        self.product = self._scratch(self.batch_size * max(widest, default=0))
+        self.gathered: Tensor | None = None
         self._gradient_scratch()
 
     def _scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -169,13 +172,35 @@ class Pass:
 
     def _input(self, i: int) -> Tensor:
         """Layer i's input."""
-        return self.h[i - 1] if i else self.x
+        return self.h[i - 1] if i else self.x if self.gathered is None else self.gathered
+
+    def _gather(self, out: Tensor, start: int, rows: int) -> Tensor:
+        """The mini-batch's rows of x, in `out`."""
+        n_in = self.x.shape[1]
+        launcher.launch(
+            layers.gather, (rows, ceil(n_in, tiling.GATHER_COLUMNS)),
+            self.x, self.order, out, start, self.x.shape[0], n_in, *self.x.stride(), stride_of(self.order), self.x_scale,
+            BLOCK=tiling.GATHER_COLUMNS, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        return out
+
+    def _by_library(self, layer: Layer) -> bool:
+        """Whether torch's library makes this layer's products, forward and backward."""
+        return False
+
+    def _library_product(self, a: Tensor, b: Tensor) -> Tensor:
+        """A B by torch's library at torch's precision, as the one slice that `layers.product` takes."""
+        out = self.product[: a.shape[0] * b.shape[1]].view(1, a.shape[0], b.shape[1])
+        torch.mm(a, b, out=out[0])
+        return out
 
     def _product(self, i: int, epilogue: int, start: int, rows: int, slices: Tensor | None = None) -> None:
         """Layer i forward: h[i], g[i]; as the last layer D instead of h, and the loss's partial sums."""
         layer, tiles, target, order = self.chain[i], self.tiles[i], self.target, self.order
         a = self._input(i)
         last, from_x = epilogue == layers.LAST, a is self.x
+        if slices is None and self._by_library(layer):
+            slices = self._library_product(a[:rows], layer.weight.t())
         launcher.launch(
             layers.product, (ceil(rows, tiles.rows), ceil(layer.n_out, tiles.columns)),
             *((a, layer.weight) if slices is None else (None, None)), layer.bias, self.h[i],
@@ -200,9 +225,10 @@ class Pass:
             num_warps=tiling.SOFTMAX_WARPS, num_stages=1,
         )  # fmt: skip
 
-    def _backward(self, i: int, d: Tensor, rows: int, slices: Tensor | None = None) -> Tensor:
+    def _backward(self, i: int, d: Tensor, rows: int) -> Tensor:
         """D of layer i from the next layer's: D <- (D W) g, in place of g[i]."""
         layer, out = self.chain[i + 1], self.g[i]
+        slices = self._library_product(d[:rows], layer.weight) if self._by_library(layer) else None
         tiles = tiling.step_product(layer.n_in, layer.n_out)
         launcher.launch(
             layers.product, (ceil(rows, tiles.rows), ceil(layer.n_in, tiles.columns)),
@@ -240,11 +266,14 @@ class Pass:
 
     def gradient(self, start: int, rows: int) -> None:
         """grad, grad_bias and all partial sums, for the mini-batch of `rows` rows at `start`."""
-        d = self.residual(start, rows)
+        self._gradient(self.residual(start, rows), self.x, start, rows)
+
+    def _gradient(self, d: Tensor, x: Tensor | None, start: int, rows: int) -> None:
+        """G from D and X, or as the library has left it where there is no X; the bias's gradient and all squares."""
         tiles, active = self.gradient_tiles, self.chain[0]
         launcher.launch(
             step.gradient, (self.programs,),
-            d, self.x, self.order, self.grad, self.grad_bias, self.partials,
+            d, x, self.order, self.grad, self.grad_bias, self.partials,
             start, rows, self.x.shape[0], active.n_out, active.n_in, *self.x.stride(), stride_of(self.order), self.x_scale,
             PRECISION=tiles.precision, BLOCK_OUT=tiles.rows, BLOCK_IN=tiles.columns, BLOCK_B=tiles.inner,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,

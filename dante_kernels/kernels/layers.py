@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""One layer's matrix product with everything that follows it, forward and backward, and softmax over wide rows."""
+"""One layer's matrix product with everything that follows it, forward and backward; softmax of wide rows; x's rows."""
 
 from __future__ import annotations
 
@@ -41,6 +41,25 @@ def softmax_tile(h, t, m_column, scale):
     # A class without weight adds nothing, also at a logit of -inf; but NaN must come through.
     entropy = tl.where(m_column[None, :] & ((t != 0) | (shifted != shifted)), t * (log_of_sum(total) - shifted), 0.0)
     return (p * mass - t) * scale, entropy
+
+
+@triton.jit(do_not_specialize=["start", "x_rows", "stride_order"])
+def gather(
+    p_x, p_order, p_out, start, x_rows, n_in, stride_xr, stride_xc, stride_order, x_scale, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The mini-batch's rows of x as contiguous float32 rows; a row that does not exist is NaN, which spoils all that it meets.
+    uint8 stands for x * x_scale.
+
+    A grid of (rows, ceil(n_in / BLOCK)) programs. Bytes: x read once, float32 written once.
+    """
+    position = tl.program_id(0) + tl.arange(0, 1)
+    row, exists = source_rows(p_order, stride_order, position.to(tl.int64) + start, position >= 0, x_rows)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_column = (column < n_in)[None, :]
+    p_row = p_x + row[:, None] * stride_xr + column[None, :].to(tl.int64) * stride_xc
+    values = load_x(p_row, exists[:, None] & m_column, x_scale).to(tl.float32)
+    values = tl.where(exists[:, None], values, float("nan"))
+    tl.store(p_out + position[:, None].to(tl.int64) * n_in + column[None, :], values, mask=m_column)
 
 
 @triton.jit(do_not_specialize=_VARYING)

@@ -176,7 +176,7 @@ def blocks(shape: Shape, steps: float, most_programs: int, device: Device = H200
 
 
 # The plans that a pass may be given; `kernels.sngd_epochs_` runs them.
-SERVED = ("persistent", "streamed", "fused")
+SERVED = ("persistent", "streamed", "fused", "library")
 
 # It names one of them, or auto.
 ENVIRONMENT_VARIABLE = "DANTE_GPU_PLAN"
@@ -258,7 +258,8 @@ def choose(shape: Shape, device: Device, most_programs: int, wanted: str = "auto
     """
     if wanted not in ("auto", *SERVED):
         raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected one of auto, {', '.join(SERVED)}, got {wanted!r}")
-    costs = {"streamed": cost.streamed(shape, device), "fused": cost.fused(shape, device)}
+    of_launches = {"streamed": cost.streamed, "fused": cost.fused, "library": cost.library}
+    costs = {name: model(shape, device) for name, model in of_launches.items()}
     tiles = persistent(shape, most_programs, device)
     if tiles is not None:
         costs["persistent"] = _persistent_cost(tiles, shape, most_programs, device)
@@ -277,7 +278,4 @@ def _why(name: str, costs: dict[str, Cost], shape: Shape, device: Device, most_p
     others = [f"{other} would take {costs[other].microseconds:.1f} us" for other in SERVED if other in costs and other != name]
     if "persistent" not in costs:
         others.append(f"persistent does not serve: {_refusal(shape, most_programs, device)}")
-    plain = cost.plain(shape, device).microseconds
-    if plain < costs[name].microseconds:
-        others.append(f"plain library products would take {plain:.1f} us, but no such plan is built in")
     return f"{costs[name].microseconds:.1f} us by the model; " + "; ".join(others)

@@ -58,7 +58,8 @@ def gradient(
     D (rows, n_out) is scratch, contiguous; rows of X (any strides) are looked up in `order` at start.. as in `product`;
     G (n_out, n_in) and the bias's gradient (n_out,) are contiguous. A 1D grid: first one program for each tile of G,
     which stays in registers over all rows; then, where the layer has a bias, one for each strip of BLOCK_OUT columns of
-    D. No barrier. Bytes: D is read ceil(n_in / BLOCK_IN) times, X ceil(n_out / BLOCK_OUT) times (mostly from L2), G
+    D. Without X (None) a library has made G, which is read instead. No barrier. Bytes: D is read ceil(n_in / BLOCK_IN)
+    times, X ceil(n_out / BLOCK_OUT) times (mostly from L2), G
     written once. s^2 = ||G||^2 + ||column sums||^2 is then the sum of `partials`, one a program.
     """
     program = tl.program_id(0)
@@ -67,12 +68,16 @@ def gradient(
     if program < tiles:
         out = (program // tiles_in) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         column = (program % tiles_in) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        acc = gradient_tile(
-            p_d, p_x, p_order, start, rows, x_rows, out, column, n_out, n_in, stride_xr, stride_xc, stride_order, x_scale,
-            PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_B,
-        )  # fmt: skip
         m_tile = (out < n_out)[:, None] & (column < n_in)[None, :]
-        tl.store(p_grad + out[:, None].to(tl.int64) * n_in + column[None, :], acc, mask=m_tile)
+        p_tile = p_grad + out[:, None].to(tl.int64) * n_in + column[None, :]
+        if p_x is None:
+            acc = tl.load(p_tile, mask=m_tile, other=0.0)
+        else:
+            acc = gradient_tile(
+                p_d, p_x, p_order, start, rows, x_rows, out, column, n_out, n_in, stride_xr, stride_xc, stride_order, x_scale,
+                PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_B,
+            )  # fmt: skip
+            tl.store(p_tile, acc, mask=m_tile)
         tl.store(p_partials + program, tile_sum(acc * acc))
     else:
         if p_grad_bias is not None:

@@ -16,33 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launcher, tiling
-from .device import load_x, multiply_add, source_rows, sum_of, tile_sum
-from .fused import Call, Pass, Update, ceil, stride_of
+from .device import multiply_add, sum_of, tile_sum
+from .fused import Call, Layer, Pass, Update, ceil, stride_of
 from .step import PARTIALS, column_sums, descend, gradient_tile
 
 # Terms of the Gram sum may cancel to this part of their absolute values: float64 then still has eight digits.
 CANCELLED = tl.constexpr(2.0**-24)
 # Between these the squared norm, and the squares of G's elements that matter in it, are ordinary float32 numbers.
 LEAST, LARGEST = tl.constexpr(1e-24), tl.constexpr(1e37)
-
-
-@triton.jit(do_not_specialize=["start", "x_rows", "stride_order"])
-def gather(
-    p_x, p_order, p_out, start, x_rows, n_in, stride_xr, stride_xc, stride_order, x_scale, BLOCK: tl.constexpr
-):  # fmt: skip
-    """The mini-batch's rows of x as contiguous float32 rows; a row that does not exist is NaN, which spoils all that it meets.
-    uint8 stands for x * x_scale.
-
-    A grid of (rows, ceil(n_in / BLOCK)) programs. Bytes: x read once, float32 written once.
-    """
-    position = tl.program_id(0) + tl.arange(0, 1)
-    row, exists = source_rows(p_order, stride_order, position.to(tl.int64) + start, position >= 0, x_rows)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_column = (column < n_in)[None, :]
-    p_row = p_x + row[:, None] * stride_xr + column[None, :].to(tl.int64) * stride_xc
-    values = load_x(p_row, exists[:, None] & m_column, x_scale).to(tl.float32)
-    values = tl.where(exists[:, None], values, float("nan"))
-    tl.store(p_out + position[:, None].to(tl.int64) * n_in + column[None, :], values, mask=m_column)
 
 
 @triton.jit(do_not_specialize=["rows", "share", "slices_x"])
@@ -220,10 +201,8 @@ class Streamed(Pass):
         self.programs = min(tiles, tiling.STREAMED_PROGRAMS)
         self.partials = self._scratch(self.programs)
         self.inputs = [self._scratch(rows, n_in) for _ in range(2)]
-        self.gathered = self.inputs[0]  # the current mini-batch's
+        self.gathered = self.inputs[0]
         self.z = self._scratch(self.slices * min(rows, tiling.NEXT_ROWS) * n_out)
-        widest = [max(layer.n_out, layer.n_in) for layer in self.chain if tiling.library(layer.n_out, layer.n_in)]
-        self.product = self._scratch(rows * max(widest, default=0))
         # A short last mini-batch may have more slices than the others.
         by_gram = [r for r in {rows, self.rows % rows} if r and tiling.by_gram(n_out, n_in, r)]
         elements = [sum(self._gram_slices(r)) * r * r for r in by_gram]
@@ -236,39 +215,14 @@ class Streamed(Pass):
         _, share = tiling.gram_tiles(rows, active.n_out, active.n_in)
         return ceil(active.n_in, share), ceil(active.n_out, share)
 
-    def _gather(self, start: int, rows: int) -> Tensor:
-        """The mini-batch's rows of x, in the one of two buffers that the mini-batch before does not have."""
-        x = self.inputs[start // self.batch_size % 2]
-        n_in = x.shape[1]
-        launcher.launch(
-            gather, (rows, ceil(n_in, tiling.GATHER_COLUMNS)),
-            self.x, self.order, x, start, self.x.shape[0], n_in, *self.x.stride(), stride_of(self.order), self.x_scale,
-            BLOCK=tiling.GATHER_COLUMNS, num_warps=4, num_stages=1,
-        )  # fmt: skip
-        return x
-
-    def _input(self, i: int) -> Tensor:
-        return super()._input(i) if i else self.gathered
-
-    def _library_product(self, a: Tensor, b: Tensor) -> Tensor:
-        """A B by torch's library at torch's precision, as the one slice that `layers.product` takes."""
-        out = self.product[: a.shape[0] * b.shape[1]].view(1, a.shape[0], b.shape[1])
-        torch.mm(a, b, out=out[0])
-        return out
+    def _by_library(self, layer: Layer) -> bool:
+        return tiling.library(layer.n_out, layer.n_in)
 
     def _product(self, i: int, epilogue: int, start: int, rows: int, slices: Tensor | None = None) -> None:
-        layer = self.chain[i]
         if i == 0 and rows <= tiling.NEXT_ROWS:
-            slices = self.z[: self.slices * rows * layer.n_out].view(self.slices, rows, layer.n_out)
-        elif tiling.library(layer.n_out, layer.n_in):
-            slices = self._library_product(self._input(i)[:rows], layer.weight.t())
+            n_out = self.chain[0].n_out
+            slices = self.z[: self.slices * rows * n_out].view(self.slices, rows, n_out)
         super()._product(i, epilogue, start, rows, slices)
-
-    def _backward(self, i: int, d: Tensor, rows: int, slices: Tensor | None = None) -> Tensor:
-        layer = self.chain[i + 1]
-        if tiling.library(layer.n_out, layer.n_in):
-            slices = self._library_product(d[:rows], layer.weight)
-        return super()._backward(i, d, rows, slices)
 
     def _squares(self, d: Tensor, rows: int) -> None:
         """Partial sums of s^2, from the Gram matrices where they serve."""
@@ -298,7 +252,8 @@ class Streamed(Pass):
         """The step with norms[at], and the forward product of the `next_rows` rows at `start`, which are gathered here."""
         (weight, bias, *_), tiles, x = self.chain[0], self.w_tiles, self.gathered
         if next_rows:
-            self.gathered = self._gather(start, next_rows)
+            # In the one of the two buffers that the current mini-batch does not have.
+            self.gathered = self._gather(self.inputs[start // self.batch_size % 2], start, next_rows)
         looks_ahead = 0 < next_rows <= tiling.NEXT_ROWS
         velocity, velocity_bias = rule.velocity_weight, rule.velocity_bias
         launcher.launch(

@@ -98,6 +98,12 @@ PERSISTENT_CASES = [
 # widths, batch, with momentum and rates relative to the layer's norm
 BLOCKS_CASES = [((784, 100, 10), 20, True), ((784, 100, 10), 100, False)]
 
+LIBRARY_CASES = [
+    ((3072, 512, 10), 500, "mse", LEAKY, "high", "uint8 momentum"),
+    ((784, 400, 200, 10), 500, "cross_entropy", TANH, "highest", ""),
+    ((12288, 3072, 1536, 10), 500, "mse", SIGMOID, "medium", "transposed"),
+]
+
 STREAMED_CASES = [
     ((3072, 2048, 10), 100, "mse", LEAKY, "highest", "momentum"),
     ((3072, 2048, 10), 20, "mse", LEAKY, "highest", ""),
@@ -158,6 +164,8 @@ class Collector:
                 label += f" x {num_warps} warps, {constants['SPLIT_OUT']} x {constants['SPLIT_IN']} programs"
                 label += ", models" if signature["p_offsets"] != "constexpr" else ""
                 label += ", blocks" if signature["p_schedule"] != "constexpr" else ""
+        if label.startswith("gradient") and signature["p_x"] == "constexpr":
+            label = label.replace("gradient", "squares of the gradient")
         if label.startswith("gram"):
             label += f" {constants['BLOCK']}"
         if "*u8" in signature.values():
@@ -287,8 +295,9 @@ def main() -> None:
     collector = Collector()
     launcher.launch = collector.launch
     kernels._most_programs = lambda tensor: 132  # as on an H200
-    fused, persistent, streamed = CASES, [case for case in CASES if serves(*case)] + PERSISTENT_CASES, STREAMED_CASES
-    for name, cases in (("fused", fused), ("persistent", persistent), ("streamed", streamed)):
+    persistent = [case for case in CASES if serves(*case)] + PERSISTENT_CASES
+    named = (("fused", CASES), ("persistent", persistent), ("streamed", STREAMED_CASES), ("library", LIBRARY_CASES))
+    for name, cases in named:
         os.environ[plan.ENVIRONMENT_VARIABLE] = name
         for case in cases:
             run_case(*case)

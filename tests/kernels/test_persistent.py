@@ -7,105 +7,54 @@ half of the exchange buffer the same schedules give wrong weights, and the tests
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-import triton
-from interleave import Deadlock, interleaved
-from support import ACTIVATIONS, LOSSES, Problem, as_float32, assert_error_rule, make_problem
+from interleave import Deadlock
+from one_pass import MEET, ONLY_ARRIVE, WAIT, assert_pass_is_right, ends, mutant, one_barrier_tiles, run, tiles
+from passes import LR, truth
+from support import ACTIVATIONS, LOSSES, Problem, as_float32, make_problem
 
-from dante_kernels import kernels, losses, reference
+from dante_kernels import kernels, losses
 from dante_kernels.kernels import barrier, one_launch, persistent, plan
-from dante_kernels.kernels.fused import Call
 from dante_kernels.ops.layer import flatten
-
-LR = 0.3
-
-
-@pytest.fixture(autouse=True)
-def poisoned_scratch(monkeypatch):
-    """Fresh memory is full of NaN, so that a program which reads what nobody wrote is seen."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
-
-
-def tiles(p: Problem, batch: int, **changes) -> plan.Persistent:
-    """Tiles of 16 units and 4 x 16 inputs, so that small problems have several programs."""
-    n_next = p.suffix[0].weight.shape[0] if p.suffix else 0
-    found = plan._persistent(*p.weight.shape, n_next, batch, 16, 16, 4, plan.H200)
-    return found._replace(**changes)
-
-
-def run(p: Problem, batch: int, how: plan.Persistent, seed: int = 0, rule=None, order=None, module: ModuleType = persistent):
-    """A pass in one launch; (losses, norms)."""
-    suffix, rest = flatten(p.suffix, p.activation), rule or (None, None, 0.0, False)
-    problem = (p.weight, p.bias, p.x, p.target, order, batch, *suffix, losses.code(p.loss))
-    call = Call(*problem, torch.tensor(LR), *rest, p.x_scale)
-    with interleaved(seed) as grids:
-        result = one_launch.run(
-            [one_launch.model(call)], call.layers, batch, call.loss, call.momentum, call.nesterov, call.x_scale, how,
-            kernel=module.persistent,
-        )  # fmt: skip
-    assert grids == [how.programs] * (how.programs > 1)
-    return result[0]
-
-
-def truth(p: Problem, batch: int, dtype: torch.dtype, momentum: float = 0.0, nesterov: bool = False, order=None):
-    """(weight, bias, velocities, losses, norms) after the reference's pass."""
-    q = p.to(dtype)
-    velocity = (torch.zeros_like(q.weight), None if q.bias is None else torch.zeros_like(q.bias)) if momentum else (None, None)
-    result = reference.sngd_epoch_(
-        q.weight, q.bias, q.x, q.target, order, batch, q.suffix, q.activation, losses.code(q.loss),
-        torch.tensor(LR, dtype=dtype), *velocity, momentum, nesterov,
-    )  # fmt: skip
-    return [t for t in (q.weight, q.bias, *velocity, *result) if t is not None]
-
-
-def assert_pass_is_right(p: Problem, batch: int, how: plan.Persistent, seed: int = 0, momentum=0.0, nesterov=False, order=None):
-    expected = [truth(p, batch, dtype, momentum, nesterov, order) for dtype in (torch.float32, torch.float64)]
-    velocity = (torch.zeros_like(p.weight), None if p.bias is None else torch.zeros_like(p.bias)) if momentum else (None, None)
-    result = run(p, batch, how, seed, (*velocity, momentum, nesterov), order)
-    got = [t for t in (p.weight, p.bias, *velocity, *result) if t is not None]
-    for i, (ours, theirs, exact) in enumerate(zip(got, *expected, strict=True)):
-        assert_error_rule(f"result {i}", ours, theirs, exact)
-    return torch.cat([t.flatten() for t in got])
-
 
 # (n_in, widths): alone; units split; inputs split; both, with and without a next layer
 SHAPES = [(40, (15, 10)), (40, (40, 10)), (150, (12, 7)), (150, (37, 10)), (150, (37,)), (150, (12,)), (30, (40,))]
+# For the form with one barrier: with and without a next layer; units that fill a tile and those that do not.
+GRAM_SHAPES = [(70, (37, 10)), (150, (16, 7)), (70, (37,)), (150, (12,))]
+FORMS = pytest.mark.parametrize("form", [tiles, one_barrier_tiles])
+SPLITS = [(tiles, shape) for shape in SHAPES] + [(one_barrier_tiles, shape) for shape in GRAM_SHAPES]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("form", "shape"), SPLITS, ids=lambda value: getattr(value, "__name__", str(value)))
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_pass_is_right_for_every_split_and_loss(shape, loss):
+def test_a_pass_is_right_for_every_split_and_loss(form, shape, loss):
     n_in, widths = shape
     p = make_problem(seed=3, rows=47, n_in=n_in, widths=widths, loss=loss)
-    how = tiles(p, 20)
+    how = form(p, 20)
     if loss == "cross_entropy" and len(widths) == 1 and how.split_out > 1:
         pytest.skip("a softmax row must lie in one program")
     assert_pass_is_right(p, 20, how)
 
 
+@FORMS
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("widths", [(37, 10), (12,)])
-def test_a_pass_is_right_for_every_activation(activation, widths):
-    p = make_problem(seed=4, rows=33, n_in=150, widths=widths, activation=activation)
-    assert_pass_is_right(p, 16, tiles(p, 16))
+def test_a_pass_is_right_for_every_activation(form, activation, widths):
+    p = make_problem(seed=4, rows=33, n_in=70, widths=widths, activation=activation)
+    assert_pass_is_right(p, 16, form(p, 16))
 
 
+@FORMS
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 20, 61])
-def test_momentum_bias_and_tails(nesterov, bias, rows):
+@pytest.mark.parametrize("rows", [1, 32, 61])
+def test_momentum_bias_and_tails(form, nesterov, bias, rows):
     p = make_problem(seed=5, rows=rows, n_in=70, widths=(20, 3), bias=bias)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    assert_pass_is_right(p, 20, tiles(p, 20), momentum=0.9, nesterov=nesterov, order=order)
+    assert_pass_is_right(p, 32, form(p, 32), momentum=0.9, nesterov=nesterov, order=order)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -120,16 +69,17 @@ def test_a_mini_batch_of_several_tiles(shape, loss):
     assert_pass_is_right(p, 70, how, order=order, momentum=0.9)
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
-def test_strides_and_narrow_data(dtype):
+def test_strides_and_narrow_data(form, dtype):
     p = make_problem(seed=6, rows=40, n_in=70, widths=(20, 3), class_indices=False, uint8=dtype == torch.uint8)
     p.x = p.x.to(dtype)
     straight = as_float32(p)
     expected = truth(straight, 20, torch.float32)
-    run(straight, 20, tiles(p, 20))
+    run(straight, 20, form(p, 20))
     p.weight, p.x, p.target = p.weight.t().contiguous().t(), p.x.t().contiguous().t(), p.target[:, [0, 1, 2]]
     p.suffix = [p.suffix[0]._replace(weight=p.suffix[0].weight.t().contiguous().t())]
-    run(p, 20, tiles(p, 20))
+    run(p, 20, form(p, 20))
     assert torch.equal(p.weight, straight.weight)
     torch.testing.assert_close(p.weight, expected[0], rtol=1e-5, atol=1e-6)
 
@@ -155,11 +105,13 @@ def test_the_paper_s_net_with_its_28_programs():
     assert_pass_is_right(p, 20, how)
 
 
-@pytest.mark.parametrize("shape", SHAPES[1:5], ids=str)
-def test_a_pass_gives_the_bits_of_its_steps(shape):
+@pytest.mark.parametrize(
+    ("form", "shape"), [*SPLITS[1:5], *SPLITS[7:9]], ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_a_pass_gives_the_bits_of_its_steps(form, shape):
     n_in, widths = shape
     p = make_problem(seed=9, rows=50, n_in=n_in, widths=widths)
-    q, how = p.clone(), tiles(p, 20)
+    q, how = p.clone(), form(p, 20)
     losses_, norms = run(p, 20, how)
     for step, rows in enumerate(torch.arange(50).split(20)):
         loss, norm = run(q, len(rows), how, seed=step, order=rows)
@@ -168,30 +120,28 @@ def test_a_pass_gives_the_bits_of_its_steps(shape):
     assert torch.equal(p.bias, q.bias)
 
 
-def test_a_bad_row_or_a_zero_gradient_changes_nothing():
+@FORMS
+def test_a_bad_row_or_a_zero_gradient_changes_nothing(form):
     p = make_problem(seed=10, rows=40, n_in=70, widths=(20, 3), class_indices=True)
     p.target[25] = 3  # no such class
     first, order = p.clone(), torch.arange(40)
-    losses_, norms = run(p, 20, tiles(p, 20))
-    run(first, 20, tiles(p, 20), order=order[:20])
+    losses_, norms = run(p, 20, form(p, 20))
+    run(first, 20, form(p, 20), order=order[:20])
     assert torch.equal(p.weight, first.weight)
     assert norms[1].isnan()
     assert losses_[1].isnan()
     p.target[25], order[30] = 0, 40  # the class exists now, a row does not
     second = p.clone()
-    _, norms = run(p, 20, tiles(p, 20), order=order[20:])
+    _, norms = run(p, 20, form(p, 20), order=order[20:])
     assert norms.isnan().all()
     assert torch.equal(p.weight, second.weight)
     p.target, p.suffix = torch.zeros(40, 3), [p.suffix[0]._replace(weight=torch.zeros(3, 20), bias=torch.zeros(3))]
-    _, norms = run(p, 20, tiles(p, 20), rule=(torch.ones(20, 70), torch.ones(20), 0.9, True))
+    _, norms = run(p, 20, form(p, 20), rule=(torch.ones(20, 70), torch.ones(20), 0.9, True))
     assert (norms == 0).all()
     assert torch.equal(p.weight, second.weight)
 
 
 # What the kernel must not do without, as (what, nth occurrence, replacement), and a problem that needs it: shape, batch.
-MEET = "sense = meet(p_counter, program, sense, PROGRAMS)\n"
-ONLY_ARRIVE = "arrive(p_counter, program, PROGRAMS); sense = ~sense\n"
-WAIT = "sense = wait(p_counter, sense)\n"
 MUTANTS = {
     "no wait for Z": (MEET, 1, ONLY_ARRIVE, SHAPES[2], 10),
     "no barrier for Z": (MEET, 1, "pass\n", SHAPES[2], 10),
@@ -214,34 +164,7 @@ MUTANTS = {
 }
 
 
-def mutant(tmp_path: Path, old: str, nth: int, new: str) -> ModuleType:
-    """The kernel's module with one occurrence of `old` replaced."""
-    parts = Path(persistent.__file__).read_text().split(old)
-    assert len(parts) > nth + 1
-    path = tmp_path / "mutant.py"
-    path.write_text(old.join(parts[: nth + 1]) + new + old.join(parts[nth + 1 :]))
-    spec = importlib.util.spec_from_file_location("dante_kernels.kernels.mutant", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[spec.name]
-    return module
-
-
-def ends(launch: Callable[[], object]) -> bool:
-    """Whether a changed kernel comes to its end."""
-    try:
-        launch()
-    except (Deadlock, triton.runtime.errors.InterpreterError) as error:
-        if "Deadlock" not in repr(error):
-            raise
-        return False
-    return True
-
-
-def passes_unseen(p: Problem, batch: int, seed: int, module: ModuleType, right: torch.Tensor) -> bool:
+def passes_unseen(p: Problem, batch: int, seed: int, module, right: torch.Tensor) -> bool:
     """Whether a changed kernel comes to its end with the right bits."""
     barrier._counters.clear()
     return ends(lambda: run(p, batch, tiles(p, batch), seed=seed, module=module)) and torch.equal(p.weight, right)
@@ -368,5 +291,7 @@ def test_a_small_layer_takes_the_plan_and_agrees_with_the_fused_one(monkeypatch)
 def test_an_unknown_plan_is_refused(monkeypatch):
     monkeypatch.setenv("DANTE_GPU_PLAN", "fast")
     p = make_problem(seed=12)
-    with pytest.raises(ValueError, match="DANTE_GPU_PLAN: expected one of auto, persistent, streamed, fused, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="DANTE_GPU_PLAN: expected one of auto, persistent, streamed, fused, library, got 'fast'"
+    ):
         kernels.sngd_step_(p.weight, p.bias, p.x, p.target, *flatten(p.suffix, p.activation), 0, torch.tensor(LR))

@@ -14,7 +14,7 @@ from dante_kernels.kernels import cost, plan, tiling
 from dante_kernels.kernels.plan import H200, Shape
 
 ROOT = Path(__file__).parent.parent.parent
-MODELS = {"fused": cost.fused, "streamed": cost.streamed, "plain": cost.plain}
+MODELS = {"fused": cost.fused, "streamed": cost.streamed, "library": cost.library, "plain": cost.plain}
 
 
 def choose(widths, batch, *, most_programs=132, wanted="auto", **rest) -> plan.Choice:
@@ -40,7 +40,12 @@ def streamed_rules(shape: Shape) -> list:
     return [*tiles_of(shape), w_tiles, tiling.streamed_share(n_out, n_in, w_tiles), look_ahead, gram, library]
 
 
-RULES = {"fused": tiles_of, "streamed": streamed_rules, "plain": lambda shape: None}
+def library_rules(shape: Shape) -> list:
+    """The tiles of what the library plan launches, and which products it leaves to torch."""
+    return [*tiles_of(shape), [tiling.worth_a_launch(n, k) for k, n in itertools.pairwise(shape.widths)]]
+
+
+RULES = {"fused": tiles_of, "streamed": streamed_rules, "library": library_rules, "plain": lambda shape: None}
 
 
 GROWING = [1, 2, 7, 8, 31, 32, 33, 127, 128, 129, 500, 783, 784, 785, 1000, 1500, 2047, 2048, 2049, 4000, 12288]
@@ -210,13 +215,10 @@ def test_what_is_wanted_is_taken_and_what_is_unknown_refused():
     for wanted in plan.SERVED:
         found = choose((784, 100, 10), 20, wanted=wanted)
         assert (found.plan, found.why) == (wanted, "DANTE_GPU_PLAN names it")
-    with pytest.raises(ValueError, match="DANTE_GPU_PLAN: expected one of auto, persistent, streamed, fused, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="DANTE_GPU_PLAN: expected one of auto, persistent, streamed, fused, library, got 'fast'"
+    ):
         choose((784, 100, 10), 20, wanted="fast")
-
-
-def test_a_faster_plan_that_is_not_there_is_named():
-    assert "plain library products would take" in choose((12288, 3072, 1536, 768, 384, 200), 500, precision="high").why
-    assert "built in" not in choose((784, 100, 10), 20).why
 
 
 def test_the_tables_in_the_docs_are_what_the_model_says():
