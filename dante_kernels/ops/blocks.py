@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,11 +14,19 @@ from . import backends, checks, registration
 from .layer import Layer, flatten
 
 
+class Span(NamedTuple):
+    """Places `start` to `stop` of an order of rows; None is the order in which they lie."""
+
+    order: Tensor | None
+    start: int
+    stop: int
+
+
 class Block(NamedTuple):
-    """A layer's turn: which of the two, the rows that it visits, pass by pass (as row numbers or a slice), and its rate."""
+    """A layer's turn: which of the two, the rows that it visits, pass by pass, and its rate."""
 
     layer: int
-    rows: Sequence[Tensor | slice]
+    rows: Sequence[Span]
     lr: float
 
 
@@ -39,6 +48,27 @@ def block_launcher(
     widths = [weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
     tiles = serving.blocks_tiles(widths, min(batch_size, x.shape[0]), losses.code(loss), momentum, steps, x)
     return None if tiles is None else (serving, tiles)
+
+
+def _in_one_order(blocks: Sequence[Block], x: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """The orders of all blocks as one, and the table of their steps, (steps, 4): first place in it, rows, layer and block."""
+    offsets: dict[int, int] = {}
+    orders: list[Tensor] = []
+    pieces: list[tuple[int, int, int, int]] = []
+    end = 0
+    for i, block in enumerate(blocks):
+        for order, start, stop in block.rows:
+            if id(order) not in offsets:
+                offsets[id(order)] = end
+                orders.append(torch.arange(x.shape[0], device=x.device) if order is None else order)
+                end += orders[-1].shape[0]
+            pieces.append((offsets[id(order)] + start, stop - start, block.layer, i))
+    first, rows, *owner = np.array(pieces, dtype=np.int64).T
+    steps = -(-rows // batch_size)
+    piece = np.repeat(np.arange(len(rows)), steps)
+    skipped = (np.arange(len(piece)) - (np.cumsum(steps) - steps)[piece]) * batch_size  # rows of the piece before the step
+    table = [first[piece] + skipped, np.minimum(batch_size, rows[piece] - skipped), *(of[piece] for of in owner)]
+    return torch.cat(orders), torch.from_numpy(np.column_stack(table))
 
 
 def sngd_blocks_(
@@ -71,26 +101,17 @@ def sngd_blocks_(
         (losses, norms, lengths): two of every step, (steps,), and the length of each block's steps, (blocks,).
     """
     serving, tiles = launcher
-    positions: list[Tensor] = []
-    table: list[tuple[int, int, int, int]] = []
-    at = 0
-    for i, block in enumerate(blocks):
-        for rows in block.rows:
-            visited = torch.arange(rows.start, rows.stop, device=x.device) if isinstance(rows, slice) else rows
-            positions.append(visited)
-            for start in range(0, len(visited), batch_size):
-                table.append((at + start, min(batch_size, len(visited) - start), block.layer, i))
-            at += len(visited)
+    order, table = _in_one_order(blocks, x, batch_size)
     (weight, bias, activation), last = layers
     weights, biases, numbers = flatten([last], activation)
     checks.problem(weight, bias, x, target, weights, biases, numbers, losses.code(loss), x_scale)
     with torch.no_grad():
         lengths = torch.tensor([block.lr for block in blocks], dtype=weight.dtype).to(weight.device, non_blocking=True)
-        schedule = torch.tensor(table, dtype=torch.int64).to(weight.device, non_blocking=True)
+        schedule = table.to(weight.device, non_blocking=True)
         for layer, velocity in zip(layers, velocities, strict=True):
             checks.update(*layer[:2], lengths[0], *velocity, momentum, nesterov)
         values, norms = serving.sngd_blocks_(
-            [weight, *weights], [bias, *biases], x, target, torch.cat(positions), schedule, batch_size, numbers,
+            [weight, *weights], [bias, *biases], x, target, order, schedule, batch_size, numbers,
             losses.code(loss), lengths, [v.weight for v in velocities], [v.bias for v in velocities], momentum, nesterov,
             x_scale, relative_lr, reset_momentum, tiles,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import losses, ops
 from ..ops import Layer
+from ..ops.blocks import Span
 
 Rows = Tensor | slice
 FORWARD_ROWS = 8192  # rows that go through a chain of layers at once, so that its inner activations stay small
@@ -91,6 +92,11 @@ class RowStream:
 
     def take(self, steps: int) -> Iterator[Rows]:
         """The rows of the next `steps` mini-batches, in pieces of which none spans two passes."""
+        for order, start, stop in self.spans(steps):
+            yield slice(start, stop) if order is None else order[start:stop]
+
+    def spans(self, steps: int) -> Iterator[Span]:
+        """The same pieces, each as its pass's order (None: the rows as they lie) and the places in it."""
         while steps:
             if self.cursor >= self.rows:
                 self.cursor = 0
@@ -98,9 +104,8 @@ class RowStream:
                     self.order = torch.randperm(self.rows, generator=self.generator, device=self.generator.device)
             stop = min(self.cursor + steps * self.batch_size, self.rows)
             steps -= -(-(stop - self.cursor) // self.batch_size)
-            piece = slice(self.cursor, stop)
-            self.cursor = stop
-            yield piece if self.order is None else self.order[piece]
+            start, self.cursor = self.cursor, stop
+            yield Span(self.order, start, stop)
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands; the generator's state is kept beside it."""

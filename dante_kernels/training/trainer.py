@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -235,7 +237,7 @@ class Trainer:
         settings, stop = self.settings, _stopwatch(self.device)
         assert problem.target is not None
         blocks = [
-            Block(phase.chain.index(layer), list(self.streams[layer].take(steps)), rates[layer]) for layer, steps in turns
+            Block(phase.chain.index(layer), list(self.streams[layer].spans(steps)), rates[layer]) for layer, steps in turns
         ]
         values, norms, lengths = sngd_blocks_(
             launcher, [self.network.layers[i] for i in phase.chain], [Velocity(*self.velocities[i]) for i in phase.chain],
@@ -243,10 +245,11 @@ class Trainer:
             momentum=settings.momentum, nesterov=settings.nesterov, relative_lr=settings.relative_lr,
             reset_momentum=settings.reset_momentum, x_scale=scale_of(problem.x, settings.x_scale),
         )  # fmt: skip
-        seconds, sizes = stop(), [steps for _, steps in turns]
+        seconds, sizes = functools.cache(stop()), [steps for _, steps in turns]
+        every_step = len(norms)
 
         def part_of_time(steps: int) -> Callable[[], float]:
-            return lambda: seconds() * steps / len(norms)
+            return lambda: seconds() * steps / every_step
 
         parts = zip(turns, lengths, values.split(sizes), norms.split(sizes), strict=True)
         return [_Turn(layer, lr, losses, part, part_of_time(steps)) for (layer, steps), lr, losses, part in parts]
@@ -287,15 +290,19 @@ class Trainer:
     def _record(self, at: checkpoint.Position, turns: list[_Turn], norms: Tensor, seconds: float) -> None:
         losses = torch.cat([turn.losses for turn in turns]).cpu()
         rates = torch.stack([turn.lr for turn in turns]).tolist()
-        every_norm, start = norms.tolist(), 0
-        for turn, lr in zip(turns, rates, strict=True):
-            part = slice(start, start + len(turn.norms))
-            start = part.stop
-            rule = self.rules[turn.layer]
-            skipped = 0 if rule is not None and rule.coasts else every_norm[part].count(0)
-            weight, bias, _ = self.network.layers[turn.layer]
-            width = weight.numel() + (0 if bias is None else bias.numel())
-            self.weights_updated += width * (len(turn.norms) - skipped)
+        steps = np.array([turn.losses.shape[0] for turn in turns])
+        starts, every_norm = np.cumsum(steps) - steps, norms.double().numpy()
+        means = (np.add.reduceat(values, starts) / steps for values in (losses.double().numpy(), every_norm))
+        of_turns = (
+            steps, np.add.reduceat(every_norm == 0, starts, dtype=int), *means,
+            np.minimum.reduceat(every_norm, starts), np.maximum.reduceat(every_norm, starts),
+        )  # fmt: skip
+        widths = [weight.numel() + (0 if bias is None else bias.numel()) for weight, bias, _ in self.network.layers]
+        coasts = [rule is not None and rule.coasts for rule in self.rules]
+        for turn, lr, *found in zip(turns, rates, *(column.tolist() for column in of_turns), strict=True):
+            count, zeros, loss, norm_mean, norm_min, norm_max = found
+            skipped = 0 if coasts[turn.layer] else zeros
+            self.weights_updated += widths[turn.layer] * (count - skipped)
             self.history.blocks.append(
                 BlockRecord(
                     phase=at.phase,
@@ -303,12 +310,12 @@ class Trainer:
                     layer=turn.layer,
                     name=self.network.names[turn.layer],
                     lr=lr,
-                    steps=len(turn.norms),
+                    steps=count,
                     skipped=skipped,
-                    loss=float(losses[part].mean()),
-                    norm_mean=float(norms[part].mean()),
-                    norm_min=min(every_norm[part]),
-                    norm_max=max(every_norm[part]),
+                    loss=loss,
+                    norm_mean=norm_mean,
+                    norm_min=norm_min,
+                    norm_max=norm_max,
                     weights_updated=self.weights_updated,
                     seconds=turn.seconds(),
                 )

@@ -199,7 +199,7 @@ def test_what_is_wrong_is_said_before_anything_changes_and_changes_are_counted(w
     p = make_problem(seed=24, rows=40, n_in=15, widths=(10, 7))
     layers = [blocks.Layer(p.weight, p.bias, "relu"), blocks.Layer(p.suffix[0][0], p.suffix[0][1], "relu")]
     rest = {"nesterov": False, "relative_lr": False, "reset_momentum": False, "x_scale": 1.0}
-    turns = [blocks.Block(0, [slice(0, 40)], 0.1), blocks.Block(1, [slice(0, 40)], 0.1)]
+    turns = [blocks.Block(layer, [blocks.Span(None, 0, 40)], 0.1) for layer in range(2)]
     launcher = (kernels, tiles(p, 20)._replace(rows=16))
 
     def run(last, momentum, velocities):
