@@ -133,36 +133,27 @@ def blocks_tiles(widths: list[int], batch_size: int, loss: int, momentum: bool, 
     return plan.blocks(shape, steps, _most_programs(x), plan.device_of(x.device))
 
 
-def sngd_blocks_(
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    x: Tensor,
-    target: Tensor,
-    order: Tensor | None,
-    schedule: Tensor,
-    batch_size: int,
-    activations: list[float],
-    loss: int,
-    lr: Tensor,
-    velocity_weights: list[Tensor | None],
-    velocity_biases: list[Tensor | None],
-    momentum: float,
-    nesterov: bool,
-    x_scale: float,
-    relative: bool,
-    reset: bool,
-    tiles: Any,
-) -> tuple[Tensor, Tensor]:
-    """Blocks of two layers in turn in one launch, in place: (losses, norms), one of each a step.
+def sngd_blocks_(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
+    """Blocks of two layers in turn, in place: (losses, norms) of each model, one of each a step.
 
-    `schedule` (steps, 4) holds each step's first position in `order`, its number of rows (at most `batch_size`), its active
-    layer and its block; `lr` (blocks,) the blocks' rates; the rest as for `sngd_epoch_`, of both layers.
+    Of `calls`, alike in everything but their tensors' addresses and values, as many share a launch as there is room for. Each
+    is (weights, biases, x, target, order, schedule, batch_size, activations, loss, lr, velocities of weights and of biases,
+    momentum, nesterov, x_scale, relative, reset, tiles): `schedule` (steps, 4), equal for all, holds each step's first
+    position in `order`, its number of rows (at most `batch_size`), its active layer and its block; `lr` (blocks,) the
+    blocks' rates; the rest is as for `sngd_epoch_`, of both layers.
     """
+    weights, biases, _, _, _, schedule, batch_size, activations, loss, *_ = calls[0]
+    momentum, nesterov, x_scale, relative, reset, tiles = calls[0][-6:]
+    device, at_once = weights[0].device, max(1, _most_programs(weights[0]) // tiles.programs)
     layers = chain(weights[0], biases[0], weights[1:], biases[1:], activations)
-    model = one_launch.Model(
-        weights[0], biases[0], velocity_weights[0], velocity_biases[0], x, target, order,
-        weights[1], biases[1], velocity_weights[1], velocity_biases[1], lr,
-    )  # fmt: skip
-    blocks = one_launch.Blocks(schedule, relative, reset)
+    blocks = one_launch.Blocks(schedule.to(device, non_blocking=True), relative, reset)
+    models = [
+        one_launch.Model(w[0], b[0], v[0], vb[0], x, target, order, w[1], b[1], v[1], vb[1], lr)
+        for w, b, x, target, order, _, _, _, _, lr, v, vb, *_ in calls
+    ]
+    results: list[tuple[Tensor, Tensor]] = []
     with _on_device_of(weights[0]):
-        return one_launch.run([model], layers, batch_size, loss, momentum, nesterov, x_scale, tiles, blocks)[0]
+        for first in range(0, len(models), at_once):
+            some = models[first : first + at_once]
+            results += one_launch.run(some, layers, batch_size, loss, momentum, nesterov, x_scale, tiles, blocks)
+    return results

@@ -1,4 +1,4 @@
-"""Blocks of a one-hidden-layer network in one launch, where the backend has a kernel for that."""
+"""Rounds of blocks of one-hidden-layer networks in one launch, where the backend has a kernel for that."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from .. import losses
 from . import backends, checks, registration
 from .layer import Layer, flatten
+
+TABLE, LENGTHS = 5, 9  # places among a backend's arguments
 
 
 class Span(NamedTuple):
@@ -40,7 +42,7 @@ class Velocity(NamedTuple):
 def block_launcher(
     layers: Sequence[Layer], x: Tensor, batch_size: int, loss: str, momentum: bool, steps: float, backend: str
 ) -> Any:
-    """What `sngd_blocks_` needs to run blocks of about `steps` steps in one launch; None where it cannot, or is slower so."""
+    """What a `Round` needs to run blocks of about `steps` steps in one launch; None where it cannot, or is slower so."""
     weight = layers[0].weight
     serving = backends.module(backends.serving(backend, weight.device, weight.dtype))
     if len(layers) != 2 or not hasattr(serving, "sngd_blocks_"):
@@ -71,49 +73,77 @@ def _in_one_order(blocks: Sequence[Block], x: Tensor, batch_size: int) -> tuple[
     return torch.cat(orders), torch.from_numpy(np.column_stack(table))
 
 
-def sngd_blocks_(
-    launcher: Any,
-    layers: Sequence[Layer],
-    velocities: Sequence[Velocity],
-    x: Tensor,
-    target: Tensor,
-    blocks: Sequence[Block],
-    batch_size: int,
-    loss: str,
-    *,
-    momentum: float,
-    nesterov: bool,
-    relative_lr: bool,
-    reset_momentum: bool,
-    x_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Train two layers in turn, block by block, in one launch, without waiting for the device.
+class Round(NamedTuple):
+    """Blocks of two layers in turn, which one launch makes: what `layer_forward` and `sngd_epoch_` do block by block, up to
+    rounding, since the hidden layer's activations are computed anew in every step.
 
-    What `layer_forward` and `sngd_epoch_` do block by block, up to rounding: the hidden layer's activations are computed anew
-    in every step. Arguments as theirs, of both layers; weights, biases and velocities are **mutated**.
+    `launcher` is that of `block_launcher`; with `relative_lr` a block's steps are its rate times the Frobenius norm of its
+    layer at the block's start; with `reset_momentum` a block starts from zero velocity. The rest is as in `sngd_epoch_`.
+    """
 
-    Args:
-        launcher: from `block_launcher`.
-        relative_lr: a block's steps are its rate times the Frobenius norm of its layer at the block's start.
-        reset_momentum: a block starts from zero velocity.
+    launcher: Any
+    layers: Sequence[Layer]
+    velocities: Sequence[Velocity]
+    x: Tensor
+    target: Tensor
+    blocks: Sequence[Block]
+    batch_size: int
+    loss: str
+    momentum: float
+    nesterov: bool
+    relative_lr: bool
+    reset_momentum: bool
+    x_scale: float
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Checked, as the backend takes them; the table of steps is still on the CPU."""
+        (weight, bias, activation), last = self.layers
+        weights, biases, numbers = flatten([last], activation)
+        code = losses.code(self.loss)
+        checks.problem(weight, bias, self.x, self.target, weights, biases, numbers, code, self.x_scale)
+        order, table = _in_one_order(self.blocks, self.x, self.batch_size)
+        lengths = torch.tensor([block.lr for block in self.blocks], dtype=weight.dtype).to(weight.device, non_blocking=True)
+        for layer, velocity in zip(self.layers, self.velocities, strict=True):
+            checks.update(*layer[:2], lengths[0], *velocity, self.momentum, self.nesterov)
+        return (
+            [weight, *weights], [bias, *biases], self.x, self.target, order, table, self.batch_size, numbers, code, lengths,
+            [v.weight for v in self.velocities], [v.bias for v in self.velocities], self.momentum, self.nesterov,
+            self.x_scale, self.relative_lr, self.reset_momentum, self.launcher[1],
+        )  # fmt: skip
+
+    @property
+    def changed(self) -> list[Tensor | None]:
+        """What it writes to."""
+        return [t for layer in self.layers for t in layer[:2]] + [t for v in self.velocities for t in v]
+
+
+def sngd_blocks_(rounds: Sequence[Round]) -> list[tuple[Tensor, Tensor, Tensor] | Exception]:
+    """Each model's round, in place, those alike in as few launches as there is room for, without waiting for the device.
+
+    Weights, biases and velocities are **mutated**; no two rounds may share them. Bits are those of each round alone.
 
     Returns:
-        (losses, norms, lengths): two of every step, (steps,), and the length of each block's steps, (blocks,).
+        (losses, norms, lengths) of each round: two of every step, (steps,), and the length of each block's steps, (blocks,).
+        In place of it the error of a round that was refused or failed.
     """
-    serving, tiles = launcher
-    order, table = _in_one_order(blocks, x, batch_size)
-    (weight, bias, activation), last = layers
-    weights, biases, numbers = flatten([last], activation)
-    checks.problem(weight, bias, x, target, weights, biases, numbers, losses.code(loss), x_scale)
+    results: dict[int, tuple[Tensor, Tensor, Tensor] | Exception] = {}
+    groups: dict[Any, list[int]] = {}
+    calls: dict[int, tuple[Any, ...]] = {}
     with torch.no_grad():
-        lengths = torch.tensor([block.lr for block in blocks], dtype=weight.dtype).to(weight.device, non_blocking=True)
-        schedule = table.to(weight.device, non_blocking=True)
-        for layer, velocity in zip(layers, velocities, strict=True):
-            checks.update(*layer[:2], lengths[0], *velocity, momentum, nesterov)
-        values, norms = serving.sngd_blocks_(
-            [weight, *weights], [bias, *biases], x, target, order, schedule, batch_size, numbers,
-            losses.code(loss), lengths, [v.weight for v in velocities], [v.bias for v in velocities], momentum, nesterov,
-            x_scale, relative_lr, reset_momentum, tiles,
-        )  # fmt: skip
-    registration.count_up([t for layer in layers for t in layer[:2]] + [t for v in velocities for t in v])
-    return values, norms, lengths
+        for i, one in enumerate(rounds):
+            try:
+                calls[i] = one.arguments()
+            except Exception as error:
+                results[i] = error
+            else:
+                same = (calls[i][TABLE].numpy().tobytes(), *map(checks.kind, calls[i]))
+                groups.setdefault((one.launcher[0], *same), []).append(i)
+        for (serving, *_), members in groups.items():
+            try:
+                done = serving.sngd_blocks_([calls[i] for i in members])
+            except Exception as error:
+                results.update(dict.fromkeys(members, error))
+            else:
+                results.update((i, (*made, calls[i][LENGTHS])) for i, made in zip(members, done, strict=True))
+                registration.count_up(t for i in members for t in rounds[i].changed)
+    return [results[i] for i in range(len(rounds))]

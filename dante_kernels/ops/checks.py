@@ -300,3 +300,10 @@ def batches(order: Tensor | None, batch_size: int, x: Tensor) -> None:
         low, high = order.aminmax()
         if low < 0 or high >= x.shape[0]:
             raise ValueError(f"order: expected row numbers from 0 to {x.shape[0] - 1}, got {int(low)} to {int(high)}")
+
+
+def kind(value: Any) -> Any:
+    """What must be equal for two calls to share a launch: of tensors the layout, of all else the value."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return tuple(map(kind, value)) if isinstance(value, list) else value

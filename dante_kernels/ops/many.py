@@ -18,13 +18,6 @@ _NAMES = _PARAMETERS.keys()
 _REQUIRED = {name for name, parameter in _PARAMETERS.items() if parameter.default is parameter.empty}
 
 
-def _kind(value: Any) -> Any:
-    """What must be equal for two calls to share a launch: of tensors the layout, of all else the value."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    return tuple(map(_kind, value)) if isinstance(value, list) else value
-
-
 def outcomes(calls: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor] | Exception]:
     """`sngd_epochs_`, with the error itself as the result of those calls that a backend could not serve together.
 
@@ -50,7 +43,7 @@ def outcomes(calls: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor] |
                 served_by = backends.serving(backend, arguments[0].device, arguments[0].dtype)
             flat.append(arguments)
             changed.update({f"calls[{i}] {name}": arguments[place] for place, name in _WRITTEN.items()})
-            groups.setdefault((served_by, *map(_kind, arguments)), []).append(i)
+            groups.setdefault((served_by, *map(checks.kind, arguments)), []).append(i)
         checks.no_aliases(changed, tuple(value for arguments in flat for value in arguments))
         results: dict[int, tuple[Tensor, Tensor] | Exception] = {}
         for (served_by, *_), members in groups.items():

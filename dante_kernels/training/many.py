@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops.blocks import Round, sngd_blocks_
 from ..ops.checks import among
 from ..ops.many import outcomes
 from .fit import fit, prepare
@@ -40,11 +41,11 @@ def fit_many(models: Sequence[nn.Module], x: Any, y: Any = None, **settings: Any
     """Train several independent models, each as `fit` alone would, side by side.
 
     On the CPU each model has a thread of its own, as many at a time as torch.get_num_threads(). On a GPU the models that are
-    at a pass of one kind (see `ops.sngd_epochs_`) make it in one launch where there is a kernel for it; where `fit` runs a
-    whole round in one launch (docs/plans.md), each model does so by itself, one after the other. Weights and records, but
-    for the seconds, are those of `fit` alone with the same settings: bit for bit where the operators' bits depend on
-    nothing else (``cpp``, ``triton``). The reference and fine-tuning compute with torch's products, whose bits may depend on
-    the number of threads; there they are those of `fit` with one thread.
+    at a pass of one kind (see `ops.sngd_epochs_`) make it in one launch where there is a kernel for it; so do they with a
+    whole round where `fit` has it in one launch (docs/plans.md). Weights and records, but for the seconds, are those of
+    `fit` alone with the same settings: bit for bit where the operators' bits depend on nothing else (``cpp``, ``triton``).
+    The reference and fine-tuning compute with torch's products, whose bits may depend on the number of threads; there they
+    are those of `fit` with one thread.
 
     Args:
         models: as `fit` takes each; they may differ in shape. No two may share parameters. **Mutated.**
@@ -173,15 +174,18 @@ class _SideBySide:
                 call = self._advance(i, passes, results.get(i))
                 if call is not None:
                     calls[i] = call
+            rounds = {i: call for i, call in calls.items() if isinstance(call, Round)}
+            single = {i: call for i, call in calls.items() if not isinstance(call, Round)}
             try:
-                results = dict(zip(calls, outcomes([*calls.values()]), strict=True))
+                results = dict(zip(single, outcomes([*single.values()]), strict=True))
+                results |= zip(rounds, sngd_blocks_([*rounds.values()]), strict=True)
             except Exception as error:
                 self.errors.update(dict.fromkeys(calls, error))
                 return
             self.errors.update({i: result for i, result in results.items() if isinstance(result, Exception)})
             training = {i: training[i] for i in calls if i not in self.errors}
 
-    def _advance(self, i: int, passes: Passes[History], result: Any) -> dict[str, Any] | None:
+    def _advance(self, i: int, passes: Passes[History], result: Any) -> dict[str, Any] | Round | None:
         """Train up to the model's next pass; None where it has none, or shall not begin another block."""
         try:
             while not self.stop.is_set() or result is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import network, ops
 from ..network import Network
+from ..ops.blocks import Round, sngd_blocks_
 from . import checkpoint
 from .history import History
 from .trainer import Callback, Passes, Settings, Trainer
@@ -63,7 +65,16 @@ class Run:
                 except StopIteration as end:
                     history: History = end.value
                     return history
-                result = None if call is None else ops.sngd_epoch_(**call)
+                result = None if call is None else _perform(call)
+
+
+def _perform(call: dict[str, Any] | Round) -> tuple[Tensor, ...]:
+    if not isinstance(call, Round):
+        return ops.sngd_epoch_(**call)
+    (result,) = sngd_blocks_([call])
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..network import Network
 from ..ops import Layer
-from ..ops.blocks import Block, Velocity, block_launcher, sngd_blocks_
+from ..ops.blocks import Block, Round, Velocity, block_launcher
 from . import checkpoint, directions, finetune
 from .history import BlockRecord, History, RoundRecord
 from .problem import Problem, RowStream, evaluate, scale_of
@@ -23,10 +23,10 @@ from .schedules import Phase, Schedule
 LearningRate = float | Sequence[float] | Callable[[int], float | Sequence[float]]
 Callback = Callable[[History], Any]
 
-# Training that leaves its passes to whoever drives it. It yields the arguments of `ops.sngd_epoch_` by name, and is sent the
-# result; None, and is sent None, before each block and each epoch of fine-tuning, where it may be left off.
+# Training that leaves its passes to whoever drives it. It yields the arguments of `ops.sngd_epoch_` by name, or a `Round`, and
+# is sent the result; None, and is sent None, before each block and each epoch of fine-tuning, where it may be left off.
 T = TypeVar("T")
-Passes = Generator[dict[str, Any] | None, Any, T]
+Passes = Generator[dict[str, Any] | Round | None, Any, T]
 
 
 class NonFiniteError(FloatingPointError):
@@ -213,7 +213,8 @@ class Trainer:
             turns = [*turns[: until[0]], *([(turns[until[0]][0], until[1], turns[until[0]][1])] if until[1] else [])]
         if launcher is not None and turns:
             yield None
-            return self._run_blocks_at_once(launcher, phase, problem, rates, [(layer, steps) for layer, steps, _ in turns])
+            done = yield from self._run_blocks_at_once(launcher, phase, problem, rates, [turn[:2] for turn in turns])
+            return done
         done = []
         for layer, steps, whole in turns:
             done.append((yield from self._run_block(phase, problem, layer, steps, rates[layer], whole >= steps_per_pass)))
@@ -232,14 +233,14 @@ class Trainer:
 
     def _run_blocks_at_once(
         self, launcher: Any, phase: Phase, problem: Problem, rates: list[float], turns: list[tuple[int, int]]
-    ) -> list[_Turn]:
+    ) -> Passes[list[_Turn]]:
         """Blocks of (layer, steps) in one launch; each takes its part, by its steps, of the launch's seconds."""
         settings, stop = self.settings, _stopwatch(self.device)
         assert problem.target is not None
         blocks = [
             Block(phase.chain.index(layer), list(self.streams[layer].spans(steps)), rates[layer]) for layer, steps in turns
         ]
-        values, norms, lengths = sngd_blocks_(
+        values, norms, lengths = yield Round(
             launcher, [self.network.layers[i] for i in phase.chain], [Velocity(*self.velocities[i]) for i in phase.chain],
             problem.x, problem.target, blocks, settings.batch_size, settings.loss,
             momentum=settings.momentum, nesterov=settings.nesterov, relative_lr=settings.relative_lr,

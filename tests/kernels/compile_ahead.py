@@ -95,8 +95,8 @@ PERSISTENT_CASES = [
     ((784, 10), 20, "cross_entropy", LEAKY, "highest", "two models"),
 ]
 
-# widths, batch, with momentum and rates relative to the layer's norm
-BLOCKS_CASES = [((784, 100, 10), 20, True), ((784, 100, 10), 100, False)]
+# widths, batch, with momentum and rates relative to the layer's norm, models
+BLOCKS_CASES = [((784, 100, 10), 20, True, 1), ((784, 100, 10), 100, False, 1), ((784, 100, 10), 20, True, 2)]
 
 LIBRARY_CASES = [
     ((3072, 512, 10), 500, "mse", LEAKY, "high", "uint8 momentum"),
@@ -211,18 +211,19 @@ def run_case(widths, batch, loss, activation, precision, special) -> None:
         kernels.sngd_step_(weights[1], biases[1], torch.zeros(batch, widths[1]), target[:batch], [], [], LEAKY, code, lr)
 
 
-def run_blocks(widths, batch, full) -> None:
-    """Two layers in turn in one launch, as `fit` asks for it."""
+def run_blocks(widths, batch, full, models) -> None:
+    """Two layers in turn in one launch, as `fit` asks for it, or `fit_many` for several models."""
     weights = [torch.zeros(n_out, n_in) for n_in, n_out in itertools.pairwise(widths)]
     biases = [torch.zeros(n_out) for n_out in widths[1:]]
     velocities = [[torch.zeros_like(t) if full else None for t in tensors] for tensors in (weights, biases)]
     code, momentum = losses.code("mse"), 0.9 if full else 0.0
     tiles = kernels.blocks_tiles(list(widths), batch, code, full, 1.0, torch.zeros(batch, widths[0]))
     schedule = torch.tensor([[0, batch, layer, layer] for layer in range(2)])
-    kernels.sngd_blocks_(
+    call = (
         weights, biases, torch.zeros(batch, widths[0]), torch.zeros(batch, widths[-1]), torch.arange(batch), schedule, batch,
         LEAKY * 2, code, torch.zeros(2), *velocities, momentum, full, 1.0, full, False, tiles,
     )  # fmt: skip
+    kernels.sngd_blocks_([call] * models)
 
 
 def resources(cubin: bytes, folder: str) -> tuple[int, int, int]:

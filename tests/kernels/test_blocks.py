@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import pytest
 import torch
@@ -63,11 +64,12 @@ def run(p: Problem, batch, order, table, seed=0, momentum=0.0, nesterov=False, r
     weights, biases = [p.weight, *weights], [p.bias, *biases]
     velocity_weights = [torch.zeros_like(w) if momentum else None for w in weights]
     velocity_biases = [None if b is None or not momentum else torch.zeros_like(b) for b in biases]
+    call = (
+        weights, biases, p.x, p.target, order, table, batch, activations, losses.code(p.loss), torch.tensor(RATES),
+        velocity_weights, velocity_biases, momentum, nesterov, 1.0, relative, reset, tiles(p, batch)._replace(rows=16),
+    )  # fmt: skip
     with interleaved(seed):
-        result = kernels.sngd_blocks_(
-            weights, biases, p.x, p.target, order, table, batch, activations, losses.code(p.loss), torch.tensor(RATES),
-            velocity_weights, velocity_biases, momentum, nesterov, 1.0, relative, reset, tiles(p, batch)._replace(rows=16),
-        )  # fmt: skip
+        (result,) = kernels.sngd_blocks_([call])
     state = [t for four in zip(weights, biases, velocity_weights, velocity_biases, strict=True) for t in four if t is not None]
     return [*state, *result]
 
@@ -194,18 +196,79 @@ def test_the_schedules_see_models_that_share_what_is_each_ones_own(what, schedul
     barrier._counters.clear()
 
 
+def rounds_of(problems: list[Problem], momentum: float) -> list[blocks.Round]:
+    """A round of two blocks of each layer, for each model with an order, rates and velocities of its own."""
+    found = []
+    for i, p in enumerate(problems):
+        layers = [blocks.Layer(p.weight, p.bias, p.activation), p.suffix[0]]
+        orders = [torch.randperm(50, generator=torch.Generator().manual_seed(10 * i + layer)) for layer in range(2)]
+        turns = [
+            blocks.Block(layer, [blocks.Span(orders[layer], start, start + 25)], 0.1 * (i + 1 + layer))
+            for start in (0, 25) for layer in range(2)
+        ]  # fmt: skip
+        velocities = [
+            blocks.Velocity(torch.full_like(w, 0.1 * i), torch.zeros_like(b)) if momentum else blocks.Velocity(None, None)
+            for w, b, _ in layers
+        ]
+        launcher = (kernels, tiles(p, 20)._replace(rows=16))
+        found.append(
+            blocks.Round(launcher, layers, velocities, p.x, p.target, turns, 20, p.loss, momentum, False, True, False, 1.0)
+        )
+    return found
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("at_once", [3, 2, 1])
+def test_rounds_side_by_side_have_the_bits_of_each_alone(momentum, at_once, monkeypatch):
+    problems = [make_problem(seed=s, rows=50, n_in=70, widths=(37, 10), class_indices=False) for s in (28, 29, 30)]
+    alone = [p.clone() for p in problems]
+    programs = tiles(problems[0], 20).programs
+    assert programs > 1
+    monkeypatch.setattr(kernels, "_most_programs", lambda tensor: at_once * programs + 1)
+    apart, together = rounds_of(alone, momentum), rounds_of(problems, momentum)
+    expected_ = []
+    for one in apart:
+        with interleaved(0):
+            expected_ += blocks.sngd_blocks_([one])
+    with interleaved(1) as grids:
+        got = blocks.sngd_blocks_(together)
+    assert grids == {3: [3 * programs], 2: [2 * programs, programs], 1: [programs] * 3}[at_once]
+    for one, other, ours, theirs in zip(together, apart, got, expected_, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+        for now, then in zip(one.changed, other.changed, strict=True):
+            assert now is then is None or torch.equal(now, then)
+
+
+def test_rounds_of_another_shape_or_rule_are_launches_of_their_own_and_errors_are_each_ones_own(monkeypatch):
+    problems = [make_problem(seed=s, rows=50, n_in=70, widths=(37, 10), class_indices=False) for s in range(5)]
+    monkeypatch.setattr(kernels, "_most_programs", lambda tensor: 1000)
+    rounds = rounds_of(problems, 0.0)
+    rounds[1] = rounds[1]._replace(blocks=rounds[1].blocks[:2])
+    rounds[2] = rounds[2]._replace(x_scale=float("nan"))
+    rounds[4] = rounds[4]._replace(relative_lr=False)
+    before = problems[2].weight.clone()
+    programs = tiles(problems[0], 20).programs
+    with interleaved(1) as grids:
+        got = blocks.sngd_blocks_(rounds)
+    assert grids == [2 * programs, programs, programs]  # the first with the fourth
+    assert [isinstance(one, Exception) for one in got] == [False, False, True, False, False]
+    assert "x_scale" in str(got[2])
+    assert torch.equal(problems[2].weight, before)
+    assert [len(one[0]) for i, one in enumerate(got) if i != 2] == [8, 4, 8, 8]
+
+
 @pytest.mark.parametrize("wrong", ["momentum", "velocity", "weight that shares its memory"])
 def test_what_is_wrong_is_said_before_anything_changes_and_changes_are_counted(wrong):
     p = make_problem(seed=24, rows=40, n_in=15, widths=(10, 7))
     layers = [blocks.Layer(p.weight, p.bias, "relu"), blocks.Layer(p.suffix[0][0], p.suffix[0][1], "relu")]
-    rest = {"nesterov": False, "relative_lr": False, "reset_momentum": False, "x_scale": 1.0}
     turns = [blocks.Block(layer, [blocks.Span(None, 0, 40)], 0.1) for layer in range(2)]
     launcher = (kernels, tiles(p, 20)._replace(rows=16))
 
     def run(last, momentum, velocities):
-        return blocks.sngd_blocks_(
-            launcher, [layers[0], last], velocities, p.x, p.target, turns, 20, "mse", momentum=momentum, **rest
+        one = blocks.Round(
+            launcher, [layers[0], last], velocities, p.x, p.target, turns, 20, "mse", momentum, False, False, False, 1.0
         )
+        return blocks.sngd_blocks_([one])[0]
 
     still = [blocks.Velocity(None, None)] * 2
     before = [t.clone() for layer in layers for t in layer[:2]]
@@ -214,8 +277,9 @@ def test_what_is_wrong_is_said_before_anything_changes_and_changes_are_counted(w
         "velocity": (layers[1], 0.9, [blocks.Velocity(torch.zeros(3), None)] * 2),
         "weight that shares its memory": (layers[1]._replace(weight=p.suffix[0][0][:1].expand(7, 10)), 0.0, still),
     }[wrong]
-    with pytest.raises((ValueError, TypeError), match=r"velocity_weight|velocity_bias|weight"):
-        run(last, momentum, velocities)
+    error = run(last, momentum, velocities)
+    assert isinstance(error, ValueError | TypeError)
+    assert re.search("velocity_weight|velocity_bias|weight", str(error))
     assert all(torch.equal(now, t) for now, t in zip((t for layer in layers for t in layer[:2]), before, strict=True))
     versions = [t._version for layer in layers for t in layer[:2]]
     with interleaved(0):

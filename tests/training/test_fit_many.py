@@ -120,6 +120,20 @@ def test_models_of_one_device_make_their_passes_together(groups, monkeypatch):
     assert groups == [3, 3, 2, 2, 2, 2]  # blocks of the second round go over into another pass
 
 
+def test_models_of_one_device_make_their_rounds_together(monkeypatch):
+    """Of four models one has other layers, and one ends early; bits are those of training alone."""
+    sizes, run = [], kernels.sngd_blocks_
+    monkeypatch.setattr(kernels, "sngd_blocks_", lambda calls: sizes.append(len(calls)) or run(calls))
+    models = [net(6, 4, 3, seed=0), net(6, 4, 3, seed=1), net(6, 5, 3, seed=2), net(6, 4, 3, seed=3)]
+    stop = [None, None, None, lambda history: len(history.rounds) == 1]
+    assert_as_alone(
+        models, X[:22], Y[:22], backend="triton", batch_size=5, lr=[0.1, 0.2, 0.3, 0.4], seed=[3, 1, 4, 1], momentum=0.5,
+        relative_lr=True, schedule=dk.RoundRobin(rounds=2, inner_epochs=2, inner_steps=4),
+        callbacks=[() if one is None else (one,) for one in stop],
+    )  # fmt: skip
+    assert sizes == [1] * 7 + [3, 1, 2, 1]
+
+
 def test_without_a_joint_kernel_passes_follow_one_another(monkeypatch):
     monkeypatch.setenv("DANTE_GPU_PLAN", "fused")
     monkeypatch.delattr(kernels, "sngd_epochs_")
