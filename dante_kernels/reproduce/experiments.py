@@ -138,8 +138,8 @@ def _rivals(scale: Scale) -> Experiment:
         for rows in range(fifth, 5 * fifth + 1, fifth):
             name, title = f"{data} {rows}", f"{data}, {rows:,} rows, for speed only"
             cases.append(case(data, (784, 100, 100, 10), rows, name=name, title=title, epochs=1, seeds=(1,), speed_only=True))
-    text = """ReLU, cross-entropy, mini-batches of 100; in a quick run few training rows, so that ours must fall short of what
-others reached on all of them: docs/defaults.md has DANTE's figures on 50,000. The rate is chosen by the held-out rows' loss.
+    text = """ReLU, cross-entropy, mini-batches of 100; in a quick run few training rows, where the others' figures are of all
+of them: docs/defaults.md has DANTE's on 50,000. The rate is chosen by the held-out rows' loss.
 The other methods are not run here: their figures are the papers', or those of their public code on all rows, one
 seed each, with its cost in times of SGD's on one thread of a CPU. What is not the same besides: DLAM and ADMM take all rows as
 one batch, AM-Adam has batch norm where that is said, block coordinate descent MSE, and DLAM's MNIST has 196 features.
@@ -169,9 +169,8 @@ def _sigmoid(scale: Scale) -> Experiment:
     quick = (("mnist", (784, 100, 10)), ("mnist", TWO_HIDDEN), ("kmnist", (784, 100, 10)))
     full = tuple((data, widths) for data in ("mnist", "kmnist") for widths in NETS[:-1])
     cases = tuple(_net(scale, d, widths, activation="sigmoid", shift=2) for d, widths in (full if scale.full else quick))
-    text = """As the feedforward nets, with the sigmoid after every layer, the last one too. SGD with momentum and a cosine
-hardly moves these nets in a quick run, and plain SGD does not move the deeper one: no verdict is given where a method has
-learnt nothing, its accuracy in every seed being at most 1.5 times that of a guess."""
+    text = """As the feedforward nets, with the sigmoid after every layer, the last one too. No verdict is given where a method
+has learnt nothing, its accuracy in every seed being at most 1.5 times that of a guess."""
     return Experiment("sigmoid", "Feedforward nets with sigmoid, MSE", "2020 paper, figure 5", text, cases)
 
 
@@ -185,8 +184,7 @@ def _cross_entropy(scale: Scale) -> Experiment:
         for activation in ("leaky_relu", "sigmoid")
         for widths in nets
     )  # fmt: skip
-    text = """As the feedforward nets, with cross-entropy on the logits of the last layer, which has no activation. SGD learns
-nothing on the deep sigmoid net in a quick run."""
+    text = """As the feedforward nets, with cross-entropy on the logits of the last layer, which has no activation."""
     return Experiment("cross-entropy", "Feedforward nets, cross-entropy", "2020 paper, figure 6", text, cases)
 
 
@@ -283,8 +281,7 @@ def _t_sweep(scale: Scale) -> Experiment:
         _net(scale, "mnist", FIVE_HIDDEN if scale.full else THREE_HIDDEN, methods=methods),
     )
     text = """As the feedforward nets, all at a constant rate without momentum. The paper finds DANTE "fairly robust" to T and
-takes 5; blocks shorter than a pass are not among what it tried, and in a quick run they, and a T of 1, come to less loss than
-10.
+takes 5; blocks shorter than a pass are not among what it tried.
 Its second net is 784-600-400-200-100-50-10; a quick run takes a smaller one."""
     return Experiment("t-sweep", "The length of a block, T", "2020 paper, figure 7", text, cases)
 
@@ -295,7 +292,7 @@ def _widths(scale: Scale) -> Experiment:
         for hidden in ((100, 200, 400, 600, 800) if scale.full else (50, 100, 400))
     )
     text = f"""{PREPARED.replace("400-1024", "N-1024")} The widths of the paper's plots are not in its
-text. It finds SGD better with few hidden units, DANTE with many; here DANTE is ahead with few as well."""
+text. It finds SGD better with few hidden units, DANTE with many."""
     return Experiment("widths", "The width of the hidden layer", "2019 paper, figure 5", text, cases, picture="widths")
 
 
@@ -313,7 +310,7 @@ def _autoencoder(scale: Scale) -> Experiment:
     text = f"""{PREPARED} The sigmoid net (2019, figure 2a) has mini-batches of 20. The net of four layers (2018, figure 6) is
 trained round-robin, as two pairs of layers, each in the whole network with the others as they are, and so with 5 epochs of
 end-to-end SGD at a rate of 3 afterwards; the paper gives neither widths, of which "500 → 500" is in its text, nor that rate,
-which was not searched; end to end it is worse than without in a quick run.
+which was not searched.
 The picture shows the first test image of each digit, and what the first seed's nets make of it."""
     source = "2020 paper, figure 9; 2019 paper, figure 2; 2018 paper, figures 2, 3 and 6"
     return Experiment(

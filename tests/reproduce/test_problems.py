@@ -9,7 +9,7 @@ from support_reproduce import blobs, write_ccpp
 from test_data import idx_bytes, small_arrays, write_files
 
 from dante_kernels import data
-from dante_kernels.reproduce import probes, problems, runs
+from dante_kernels.reproduce import experiments, probes, problems, runs
 from dante_kernels.reproduce.problems import Spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,3 +115,16 @@ def test_a_column_that_only_test_rows_change_is_not_blown_up(tmp_path, autoencod
     problem = problems.load(Spec("ccpp", split=3, autoencoder=autoencoder), tmp_path)
     assert float(problem.x_test.abs().max()) < 5
     assert torch.allclose(problem.x_test[:, 2], torch.tensor([1.0] + [0.0] * 9), atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "figure"), [("fires", "0.0444 on Fires"), ("ccpp", "0.0000849 on CCPP")])
+def test_the_errors_of_least_squares_are_those_that_are_named(real_data, name, figure):
+    errors = []
+    for split in range(1, 6):
+        problem = problems.load(Spec(name, split=split), real_data)
+        train, test = (torch.cat([x.double(), torch.ones(len(x), 1)], 1) for x in (problem.x, problem.x_test))
+        weights = torch.linalg.lstsq(train, problem.y.double(), driver="gelsd").solution
+        errors.append((test @ weights - problem.y_test).square().mean() * problem.unit)
+    text = " ".join(experiments.EXPERIMENTS["table3"](experiments.Scale(full=False)).text.split())
+    assert figure in text
+    assert float(torch.stack(errors).mean()) == pytest.approx(float(figure.split()[0]), rel=2e-3)
