@@ -253,10 +253,10 @@ def library(shape: Shape, device: Device) -> Cost:
     n_in, n_out, *suffix = shape.widths
     launches, batch = [_gather(shape)], shape.batch
     for k, n in pairwise(shape.widths):
-        launches += _by_either(batch, n, k, shape, device, tiling.worth_a_launch(n, k))
+        launches += _by_either(batch, n, k, shape, device, tiling.worth_a_launch(n, k, batch))
     launches += _wide_softmax(shape)
     for k, n in reversed(list(pairwise((n_out, *suffix)))):
-        launches += _by_either(batch, k, n, shape, device, tiling.worth_a_launch(n, k))
+        launches += _by_either(batch, k, n, shape, device, tiling.worth_a_launch(n, k, batch))
     how = tiling.gradient_product(n_out, n_in, shape.x_dtype, shape.precision)
     programs = _ceil(n_out, how.rows) * (_ceil(n_in, how.columns) + shape.bias)
     squares = Launch(programs, 0, 4 * how.rows * how.columns, 4 * n_in * n_out)

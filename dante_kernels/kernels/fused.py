@@ -147,8 +147,9 @@ class Pass:
         slopes = chain if self.wide_softmax else chain[:-1]
         self.g = [self._scratch(self.batch_size, layer.n_out) for layer in slopes]
         self.loss_partials = self._scratch(self._loss_programs(self.batch_size))
-        widest = [max(layer.n_out, layer.n_in) for layer in chain if self._by_library(layer)]
-        self.product = self._scratch(self.batch_size * max(widest, default=0))
+        sizes = {self.batch_size, self.rows % self.batch_size} - {0}
+        by_library = [(rows, layer) for rows in sizes for layer in chain if self._by_library(layer, rows)]
+        self.product = self._scratch(max((rows * max(layer.n_out, layer.n_in) for rows, layer in by_library), default=0))
         self.gathered: Tensor | None = None
         self._gradient_scratch()
 
@@ -184,8 +185,8 @@ class Pass:
         )  # fmt: skip
         return out
 
-    def _by_library(self, layer: Layer) -> bool:
-        """Whether torch's library makes this layer's products, forward and backward."""
+    def _by_library(self, layer: Layer, rows: int) -> bool:
+        """Whether torch's library makes this layer's products with so many rows, forward and backward."""
         return False
 
     def _library_product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -199,7 +200,7 @@ class Pass:
         layer, tiles, target, order = self.chain[i], self.tiles[i], self.target, self.order
         a = self._input(i)
         last, from_x = epilogue == layers.LAST, a is self.x
-        if slices is None and self._by_library(layer):
+        if slices is None and self._by_library(layer, rows):
             slices = self._library_product(a[:rows], layer.weight.t())
         launcher.launch(
             layers.product, (ceil(rows, tiles.rows), ceil(layer.n_out, tiles.columns)),
@@ -228,7 +229,7 @@ class Pass:
     def _backward(self, i: int, d: Tensor, rows: int) -> Tensor:
         """D of layer i from the next layer's: D <- (D W) g, in place of g[i]."""
         layer, out = self.chain[i + 1], self.g[i]
-        slices = self._library_product(d[:rows], layer.weight) if self._by_library(layer) else None
+        slices = self._library_product(d[:rows], layer.weight) if self._by_library(layer, rows) else None
         tiles = tiling.step_product(layer.n_in, layer.n_out)
         launcher.launch(
             layers.product, (ceil(rows, tiles.rows), ceil(layer.n_in, tiles.columns)),

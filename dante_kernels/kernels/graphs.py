@@ -61,6 +61,10 @@ class CudaRecorder:
         graph, current, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
+            # cuBLAS's workspace must be the graph's own: neither one that lies elsewhere and may go, nor one that is handed on
+            # to other graphs. The handle cannot be made during a capture.
+            torch.cuda.current_blas_handle()
+            torch._C._cuda_clearCublasWorkspaces()
             # What other threads do at the same time is no part of it, and no error.
             graph.capture_begin(capture_error_mode="thread_local")
             try:
@@ -69,6 +73,7 @@ class CudaRecorder:
                 kept = torch.cuda.memory_reserved() - before
             finally:
                 graph.capture_end()
+                torch._C._cuda_clearCublasWorkspaces()
         current.wait_stream(side)
         return Recording(graph.replay, results, kept)
 

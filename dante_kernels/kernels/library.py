@@ -1,7 +1,7 @@
 """The library plan: the fused step with torch.mm for its larger products, at torch's precision; epilogues stay in Triton.
 
-By model the fastest for large mini-batches where the precision switch allows tf32. A step of an L-layer chain is 4 L + 2
-launches, and fewer by one for each product of a small layer, which is not worth a launch of its own.
+By model the fastest for most large mini-batches. A step of an L-layer chain is 4 L + 2 launches, one more where a softmax row
+is wider than a tile, and fewer by one for each product that is not worth a launch of its own.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Library(Pass):
         super()._gradient_scratch()
         self.inputs = self.gathered = self._scratch(self.batch_size, self.chain[0].n_in)
 
-    def _by_library(self, layer: Layer) -> bool:
-        return tiling.worth_a_launch(layer.n_out, layer.n_in)
+    def _by_library(self, layer: Layer, rows: int) -> bool:
+        return tiling.worth_a_launch(layer.n_out, layer.n_in, rows)
 
     def gradient(self, start: int, rows: int) -> None:
         """grad, grad_bias and all partial sums, for the mini-batch of `rows` rows at `start`."""

@@ -278,4 +278,7 @@ def _why(name: str, costs: dict[str, Cost], shape: Shape, device: Device, most_p
     others = [f"{other} would take {costs[other].microseconds:.1f} us" for other in SERVED if other in costs and other != name]
     if "persistent" not in costs:
         others.append(f"persistent does not serve: {_refusal(shape, most_programs, device)}")
+    plain = cost.plain(shape, device).microseconds
+    if plain < costs[name].microseconds:
+        others.append(f"the same by torch alone would take {plain:.1f} us, but no such plan is built in")
     return f"{costs[name].microseconds:.1f} us by the model; " + "; ".join(others)

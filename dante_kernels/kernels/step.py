@@ -68,15 +68,16 @@ def gradient(
     if program < tiles:
         out = (program // tiles_in) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         column = (program % tiles_in) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        if p_x is not None:
+            acc = gradient_tile(
+                p_d, p_x, p_order, start, rows, x_rows, out, column, n_out, n_in, stride_xr, stride_xc, stride_order, x_scale,
+                PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_B,
+            )  # fmt: skip
         m_tile = (out < n_out)[:, None] & (column < n_in)[None, :]
         p_tile = p_grad + out[:, None].to(tl.int64) * n_in + column[None, :]
         if p_x is None:
             acc = tl.load(p_tile, mask=m_tile, other=0.0)
         else:
-            acc = gradient_tile(
-                p_d, p_x, p_order, start, rows, x_rows, out, column, n_out, n_in, stride_xr, stride_xc, stride_order, x_scale,
-                PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_B,
-            )  # fmt: skip
             tl.store(p_tile, acc, mask=m_tile)
         tl.store(p_partials + program, tile_sum(acc * acc))
     else:

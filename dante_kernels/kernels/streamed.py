@@ -215,7 +215,7 @@ class Streamed(Pass):
         _, share = tiling.gram_tiles(rows, active.n_out, active.n_in)
         return ceil(active.n_in, share), ceil(active.n_out, share)
 
-    def _by_library(self, layer: Layer) -> bool:
+    def _by_library(self, layer: Layer, rows: int) -> bool:
         return tiling.library(layer.n_out, layer.n_in)
 
     def _product(self, i: int, epilogue: int, start: int, rows: int, slices: Tensor | None = None) -> None:

@@ -115,13 +115,14 @@ def by_gram(n_out: int, n_in: int, rows: int) -> bool:
     return 2 * rows * (n_in + n_out) < n_out * n_in
 
 
-# The library plan leaves products of layers with so many weights to torch.mm. By model: less take no longer than the launch.
-WORTH_A_LAUNCH = 2**14
+# The library plan leaves products of layers with so many weights, or of so many rows, to torch.mm. By model: smaller ones take
+# no longer than the launch.
+WORTH_A_LAUNCH, MANY_ROWS = 2**14, 2**12
 
 
-def worth_a_launch(n_out: int, n_in: int) -> bool:
-    """Whether the library plan leaves this layer's products with D or X to torch.mm."""
-    return n_out * n_in >= WORTH_A_LAUNCH
+def worth_a_launch(n_out: int, n_in: int, rows: int) -> bool:
+    """Whether the library plan leaves this layer's products with so many rows to torch.mm."""
+    return n_out * n_in >= WORTH_A_LAUNCH or rows >= MANY_ROWS
 
 
 def library(n_out: int, n_in: int, switch: str | None = None) -> bool:

@@ -101,12 +101,13 @@ class Round(NamedTuple):
         weights, biases, numbers = flatten([last], activation)
         code = losses.code(self.loss)
         checks.problem(weight, bias, self.x, self.target, weights, biases, numbers, code, self.x_scale)
-        order, table = _in_one_order(self.blocks, self.x, self.batch_size)
+        batch_size = min(self.batch_size, self.x.shape[0])  # as the tiles were chosen
+        order, table = _in_one_order(self.blocks, self.x, batch_size)
         lengths = torch.tensor([block.lr for block in self.blocks], dtype=weight.dtype).to(weight.device, non_blocking=True)
         for layer, velocity in zip(self.layers, self.velocities, strict=True):
             checks.update(*layer[:2], lengths[0], *velocity, self.momentum, self.nesterov)
         return (
-            [weight, *weights], [bias, *biases], self.x, self.target, order, table, self.batch_size, numbers, code, lengths,
+            [weight, *weights], [bias, *biases], self.x, self.target, order, table, batch_size, numbers, code, lengths,
             [v.weight for v in self.velocities], [v.bias for v in self.velocities], self.momentum, self.nesterov,
             self.x_scale, self.relative_lr, self.reset_momentum, self.launcher[1],
         )  # fmt: skip

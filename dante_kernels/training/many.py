@@ -58,8 +58,8 @@ def fit_many(models: Sequence[nn.Module], x: Any, y: Any = None, **settings: Any
     Returns:
         The `History` of each model, in order. Its seconds are those of the clock, with other models' work among them.
 
-        Interrupted, such as by Ctrl-C, all models stop at the end of their blocks, keep those weights, and the interruption
-        is raised.
+        Interrupted, such as by Ctrl-C, all models stop at the end of their blocks, or of a round that is one launch, keep
+        those weights, and the interruption is raised.
 
     Raises:
         ValueError, TypeError, OSError: as `fit`, with the model's place in front, such as ``models[2]: lr: expected ...``;

@@ -15,7 +15,7 @@ from dante_kernels.ops import Layer
 def by_library(request, monkeypatch) -> bool:
     """Both plans in turn; whether torch.mm makes the products, whatever their size."""
     monkeypatch.setenv("DANTE_GPU_PLAN", request.param)
-    monkeypatch.setattr(tiling, "worth_a_launch", lambda *layer: True)
+    monkeypatch.setattr(tiling, "worth_a_launch", lambda *sizes: True)
     return request.param == "library"
 
 

@@ -27,7 +27,7 @@ def made(monkeypatch) -> list[object]:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_torch_makes_g_and_the_products_of_layers_that_are_worth_a_launch(made, loss):
     p = make_problem(seed=4, rows=27, n_in=200, widths=(100, 170, 9), loss=loss)
-    assert [tiling.worth_a_launch(n, k) for k, n in ((200, 100), (100, 170), (170, 9))] == [True, True, False]
+    assert [tiling.worth_a_launch(n, k, 24) for k, n in ((200, 100), (100, 170), (170, 9))] == [True, True, False]
     assert_pass_is_right(p, 24, order=torch.arange(27).flip(0), momentum=0.9)
     step = [
         "gather", (24, 200, 100), "product", (24, 100, 170), "product", "product",
@@ -44,10 +44,14 @@ def test_the_model_counts_the_launches_that_are_made(made, widths, loss, monkeyp
 
 
 def test_no_plan_that_is_chosen_is_slower_than_the_plain_composition_by_the_model():
-    nets = [(784, 100, 10), (784, 10), (784, 400, 200, 10), (3072, 512, 10), (12288, 3072, 1536, 768, 384, 200), (5, 3, 1)]
+    nets = [
+        (784, 100, 10), (784, 10), (784, 400, 10), (784, 100, 100, 10), (784, 400, 200, 10), (784, 400, 200, 100, 10),
+        (784, 600, 400, 200, 100, 50, 10), (1024, 400, 1024), (3072, 512, 10), (12288, 3072, 1536, 768, 384, 200), (5, 3, 1),
+        (300, 1), (5, 100, 1),
+    ]  # fmt: skip
     chosen = set()
     for widths, batch, precision, momentum in itertools.product(
-        nets, (1, 20, 100, 500, 2000, 20000), ("highest", "high", "medium"), (False, True)
+        nets, (1, 20, 100, 500, 2000, 4000, 20000, 60000), ("highest", "high", "medium"), (False, True)
     ):
         shape = plan.Shape(widths, batch, momentum=momentum, precision=precision)
         found = plan.choose(shape, plan.H200, plan.H200.multiprocessors)

@@ -42,7 +42,7 @@ def streamed_rules(shape: Shape) -> list:
 
 def library_rules(shape: Shape) -> list:
     """The tiles of what the library plan launches, and which products it leaves to torch."""
-    return [*tiles_of(shape), [tiling.worth_a_launch(n, k) for k, n in itertools.pairwise(shape.widths)]]
+    return [*tiles_of(shape), [tiling.worth_a_launch(n, k, shape.batch) for k, n in itertools.pairwise(shape.widths)]]
 
 
 RULES = {"fused": tiles_of, "streamed": streamed_rules, "library": library_rules, "plain": lambda shape: None}
@@ -219,6 +219,11 @@ def test_what_is_wanted_is_taken_and_what_is_unknown_refused():
         ValueError, match="DANTE_GPU_PLAN: expected one of auto, persistent, streamed, fused, library, got 'fast'"
     ):
         choose((784, 100, 10), 20, wanted="fast")
+
+
+def test_a_faster_way_that_is_no_plan_is_named():
+    assert "by torch alone would take" in choose((2, 50000, 5, 50), 1, precision="high", x_dtype=torch.uint8).why
+    assert "built in" not in choose((784, 100, 10), 20).why
 
 
 def test_the_tables_in_the_docs_are_what_the_model_says():
