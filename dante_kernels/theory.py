@@ -50,7 +50,8 @@ class Slqc:
     ``holds``: whether Definition 4 is met; ``branch``: 1 where f(W) - f(W*) <= epsilon, else 2 where the gradient points away
     from all of the ball around W*, else 0; ``gap``: f(W) - f(W*); ``radius``: of the largest ball around W* of which that is
     true (negative where it is not true of W* itself, so that no kappa serves; -inf where the gradient is zero); ``margin``:
-    epsilon - gap on branch 1, else radius - epsilon / kappa, which is negative just where the definition fails.
+    epsilon - gap on branch 1, else radius - epsilon / kappa, which is negative just where the definition fails. As a truth
+    value it is ``holds``.
     """
 
     holds: bool
@@ -58,6 +59,9 @@ class Slqc:
     margin: float
     gap: float
     radius: float
+
+    def __bool__(self) -> bool:
+        return self.holds
 
 
 def layer_kappa(

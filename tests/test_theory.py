@@ -25,6 +25,8 @@ def test_definition_4_by_hand():
     assert check(4.0, 1.0) == theory.Slqc(holds=True, branch=1, margin=0.0, gap=4.0, radius=2.0)
     assert check(2.0, 1.0) == theory.Slqc(holds=True, branch=2, margin=0.0, gap=4.0, radius=2.0)
     assert check(3.0, 1.0) == theory.Slqc(holds=False, branch=0, margin=-1.0, gap=4.0, radius=2.0)
+    assert check(2.0, 1.0)  # as a truth value it is `holds`
+    assert not check(3.0, 1.0)
 
 
 @pytest.mark.parametrize("loss", losses.CODES)

@@ -16,9 +16,9 @@ start, trained on 85 % of the training rows and judged on the other 15 %, and fu
 losses, a diverged one being the worst, until the best has been trained with both: a single seed may choose a rate at the edge
 of stability. The figures are those of other seeds, trained on all training rows and judged on the test rows, which no choice
 has seen: mean ± standard deviation. All methods of a case update the same number of weights, with mini-batches of the same
-size and the same initial weights for the same seed (torch's own initialisation). "T" is the number of passes over the data
-that a layer makes in a block. Seconds are those of the processor in training; of rows that were made before they were counted
-so, which are most of the quick run's, those of the clock, with other trainings beside. {note}
+size and the same initial weights for the same seed (torch's own initialisation). "Passes" are over the data, of each layer or,
+for SGD, of all layers at once; "T" is the number of them that a layer makes in a block, so that 10 passes with T = 5 are two
+rounds of the alternation. Seconds are those of the processor in training. {note}
 """
 NOTES = {
     False: f"""**This is a quick run: {QUICK_ROWS:,} training rows of pictures, few passes and seeds. It shows what works;
@@ -40,7 +40,8 @@ def page(name: str, summaries: list[Row]) -> str:
 def _section(summary: Row) -> str:
     parts = [f"## {summary['title']}\n", f"{summary['source']}; `dante reproduce {summary['name']}`.\n", summary["text"], ""]
     parts += _table(_HEADS[summary["metric"]], [row for case in summary["cases"] for row in _rows(summary["metric"], case)])
-    parts += [text for case in summary["cases"] if (text := _nothing_learnt(case))]
+    judged = [case for case in summary["cases"] if not case["speed_only"]]
+    parts += [text for case in judged for find in (_nothing_learnt, _unsteady) if (text := find(case))]
     if summary["claims"]:
         parts += [
             "",
@@ -57,7 +58,7 @@ def _section(summary: Row) -> str:
     return "\n".join(parts)
 
 
-_START, _END = ("data", "net", "method", "rate"), ("without learning", "seeds", "weights updated", "seconds")
+_START, _END = ("data", "net", "method", "rate"), ("without learning", "passes", "seeds", "weights updated", "seconds")
 _HEADS = {
     "test_loss": (*_START, "published", "test loss", "test accuracy", *_END),
     "test_accuracy": (*_START, "published", "test accuracy", "test loss", *_END),
@@ -81,11 +82,11 @@ def _rows(metric: str, case: Row) -> list[list[str]]:
     empty = [""] * (len(_HEADS[metric]) - 3)
     if case["absent"]:
         return [[*start, f"data {'damaged' if case['damaged'] else 'absent'}: {_escaped(case['absent'])}", *empty]]
-    lines = [_speed_line(m) if case["speed_only"] else _line(metric, m) for m in case["methods"]]
+    lines = [_speed_line(case, m) if case["speed_only"] else _line(metric, case, m) for m in case["methods"]]
     return [start + line for line in (*lines, *map(_rival_line, case["rivals"]))]
 
 
-def _line(metric: str, method: Row) -> list[str]:
+def _line(metric: str, case: Row, method: Row) -> list[str]:
     first, second = metric, "test_accuracy" if metric == "test_loss" else "test_loss"
     published = [_value(f["metric"], f["value"], digits=6) + _in_brackets(f["setting"]) for f in method["published"]]
     mean = method["mean"]
@@ -93,22 +94,28 @@ def _line(metric: str, method: Row) -> list[str]:
     if method["status"] != "done":
         middle = [method["status"], "", ""]
     rates = ", ".join(f"{rate:g}" for rate in method["rates"]) + ("!" if method["edge"] else "")
-    return [method["title"], rates, "; ".join(published), *middle, *_ends(method)]
+    return [method["title"], rates, "; ".join(published), *middle, *_ends(case, method)]
 
 
-def _speed_line(method: Row) -> list[str]:
-    return [method["title"], "", "", "speed only" if method["status"] == "done" else method["status"], "", "", *_ends(method)]
+def _speed_line(case: Row, method: Row) -> list[str]:
+    status = "speed only" if method["status"] == "done" else method["status"]
+    return [method["title"], "", "", status, "", "", *_ends(case, method)]
 
 
 def _rival_line(rival: Row) -> list[str]:
     accuracy = rival["accuracy"]
     figure = "" if accuracy is None else f"{100 * accuracy:.4g} % "
-    return [f"{rival['title']}: not run here", "", f"{figure}({rival['source']})", "", "", "", "", "", rival["seconds"]]
+    return [f"{rival['title']}: not run here", "", f"{figure}({rival['source']})", "", "", "", "", "", "", rival["seconds"]]
 
 
-def _ends(method: Row) -> list[str]:
+def _ends(case: Row, method: Row) -> list[str]:
     weights, seconds = method["mean"]["weights_updated"], method["mean"]["seconds"]
-    return [str(method["runs"]), "" if weights is None else f"{weights:.3g}", "" if seconds is None else f"{seconds:.3g}"]
+    return [
+        str(case["epochs"]),
+        str(method["runs"]),
+        "" if weights is None else f"{weights:.3g}",
+        "" if seconds is None else f"{seconds:.3g}",
+    ]
 
 
 def _claim_row(claim: Row) -> list[str]:
@@ -144,6 +151,19 @@ def _nothing_learnt(case: Row) -> str | None:
         return None
     text = "no method is better than a guess, or than answering with the mean by more than its spread over the seeds"
     return f"\nOn {case['title']} {case['net']} {text}: no verdict."
+
+
+def _unsteady(case: Row) -> str | None:
+    """Which methods' trainings came to more than answering with the mean, with a rate at which others did not."""
+    found = []
+    for method in case["methods"]:
+        losses, means = method["values"]["test_loss"], method["values"]["baseline"]
+        worse = sum(loss > mean for loss, mean in zip(losses, means, strict=False))
+        if 0 < worse < len(losses):
+            found.append(f"{worse} of {len(losses)} of {method['title']}")
+    if not found or case["nothing_learnt"]:
+        return None
+    return f"\nOn {case['title']} {case['net']} some trainings came to more than answering with the mean: {'; '.join(found)}."
 
 
 def _with_spread(method: Row, metric: str) -> str:

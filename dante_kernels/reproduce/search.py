@@ -35,6 +35,8 @@ except ImportError:  # Windows
 
 SEARCH_SEEDS = (0, 1000)  # no final training has one of them
 RUNS = "runs.jsonl"
+_JOB = {"spec", "widths", "method", "rate", "seed", "epochs", "batch", "part"}  # of every row's job
+_DONE = ("test_loss", "seconds", "weights_updated")  # numbers of every training that came to its end
 NEEDED = {"job", "method", "made_by", "status", *METRICS} - {"svm_accuracy"}  # of every row of a file
 POINTS = 25  # of a curve that are kept in a row
 
@@ -193,7 +195,14 @@ def _row(line: str) -> Row | None:
     needed = NEEDED | ({"curve"} if job.get("part") == "final" else set())
     if job.get("probe") == "svm" and row.get("status") == "done":
         needed |= {"svm_accuracy"}
-    return row if needed <= row.keys() else None
+    whole = needed <= row.keys() and job.keys() >= _JOB and row["status"] in ("done", "diverged")
+    if not whole or not all(_is_number(row[name]) for name in METRICS if row.get(name) is not None):
+        return None
+    return row if row["status"] == "diverged" or None not in map(row.get, _DONE) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 class Store:
@@ -218,11 +227,13 @@ class Store:
             if row is not None:
                 self.rows[_key(row["job"])] = row
         self.cut = bool(content) and not content.endswith("\n")
+        self.failed = False
 
     def add(self, row: Row) -> None:
         """Keep a row; one that failed only until the end of this run."""
         self.rows[_key(row["job"])] = row
         if row["status"] == "failed":
+            self.failed = True
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("\n" * self.cut + json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n")

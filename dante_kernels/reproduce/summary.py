@@ -80,22 +80,23 @@ def _method(experiment: str, case: Case, index: int, store: Store) -> Row:
         "edge": any(edges),
         "runs": len(rows),
         "status": "done" if good else bad[0]["status"] if bad else "diverged",
-        "note": next((row["note"] for row in bad if "note" in row), _first_note(case, index, store) if not rates else ""),
+        "note": next((row["note"] for row in bad if "note" in row), _note_of_searches(case, index, store)),
         "values": values,
         "mean": {metric: statistics.fmean(v) if v else None for metric, v in values.items()},
         "spread": {metric: statistics.stdev(v) if len(v) > 1 else None for metric, v in values.items()},
         "curve": rows[0]["curve"] if good and rows else [],
         "pictures": {key: rows[0][key] for key in ("originals", "reconstructions") if good and key in rows[0]},
-        "made_by": rows[0]["made_by"] if rows else "",
+        "made_by": "; ".join(sorted({row["made_by"] for row in rows})),
         "published": [f._asdict() for m in METRICS for f in published.of(experiment, case.name, method.name, m)],
     }
 
 
-def _first_note(case: Case, index: int, store: Store) -> str:
-    """Why no rate of a search could be trained with, where it was no divergence."""
-    search = Search(case, case.methods[index], case.splits[0])
-    rows = (store.rows.get(search.job(i, seed, "search").key, {}) for i in range(-40, 40) for seed in SEARCH_SEEDS)
-    return next((row["note"] for row in rows if "note" in row), "")
+def _note_of_searches(case: Case, index: int, store: Store) -> str:
+    """What failed in the searches, where it was no divergence: without it another rate might have been chosen."""
+    searches = [Search(case, case.methods[index], split) for split in case.splits]
+    jobs = (search.job(i, seed, "search") for search in searches for i in range(-40, 40) for seed in SEARCH_SEEDS)
+    rows = (store.rows.get(job.key, {}) for job in jobs) if store.failed else ()
+    return next((f"in the search of a rate: {row['note']}" for row in rows if "note" in row), "")
 
 
 # A method whose every seed has at most this many times the accuracy of a guess has learnt nothing.
@@ -149,11 +150,11 @@ def _claim(metric: str, case: Row, ours: str, theirs: str) -> Row | None:
     gain = statistics.fmean(gains)
     why = ""
     if case["nothing_learnt"]:
-        verdict, why = "no verdict", "nothing learnt"
+        verdict, why = "no verdict", f"nothing learnt, {_place(gain)}"
     elif gain > 0 and not learnt(by_name[theirs], case["classes"], spreads=0):
         verdict, why = "no verdict", f"{theirs} learnt nothing"
     elif len(gains) == 1:
-        verdict, why = "one seed", "ahead" if gain > 0 else "behind" if gain < 0 else "equal"
+        verdict, why = "one seed", _place(gain)
     else:
         verdict = "level" if abs(gain) <= _spread(gains) else "yes" if gain > 0 else "no"
     return claim | {
@@ -165,6 +166,10 @@ def _claim(metric: str, case: Row, ours: str, theirs: str) -> Row | None:
         "verdict": verdict,
         "why": why,
     }
+
+
+def _place(gain: float) -> str:
+    return "ahead" if gain > 0 else "behind" if gain < 0 else "equal"
 
 
 def failures(summary: Row) -> list[str]:

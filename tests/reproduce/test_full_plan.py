@@ -96,7 +96,7 @@ def test_the_committed_plan_is_what_the_committed_rows_make(real_data):
     made = plan.plan("table3", True, real_data, Store(root / "bench" / "results" / "reproduction-quick.jsonl"))
     text = (root / "docs" / "reproduction-plan.md").read_text(encoding="utf-8")
     assert "|".join(line_of(made, "table3")) == "|".join(line_of(text, "table3"))
-    assert made.splitlines()[4:9] == text.splitlines()[4:9]
-    assert [line.split(" | ")[0] for line in text.splitlines()[11:]] == [
+    assert made.splitlines()[4:10] == text.splitlines()[4:10]
+    assert [line.split(" | ")[0] for line in text.splitlines()[12:]] == [
         f"| {name}" for name in (*experiments.EXPERIMENTS, "all")
     ]

@@ -152,7 +152,7 @@ def test_random_rows_have_seconds_and_no_quality(tiny_experiment, tmp_path):
     assert len(lines) == 2
     for line in lines:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert [cell for cell in cells[3:-3] if cell] == ["speed only"]
+        assert [cell for cell in cells[3:-3] if cell] == ["speed only", "1"]
         assert float(cells[-1]) > 0
 
 
@@ -205,8 +205,17 @@ def test_there_is_no_verdict_where_nothing_was_learnt(losses, learnt):
     case = summarised(values, baseline=1.0)
     claim = summary._claim("test_loss", case, "dante", "sgd")
     assert case["nothing_learnt"] is not learnt
-    assert claim["why"] == ("sgd learnt nothing" if learnt else "nothing learnt")
+    assert claim["why"] == ("sgd learnt nothing" if learnt else "nothing learnt, ahead")
     assert (report._nothing_learnt(case) is None) is learnt
+
+
+def test_trainings_that_came_to_more_than_the_mean_are_named():
+    case = summarised({"dante": (0.2, 0.3, 0.4), "sgd": (0.5, 1.4, 0.6), "adam": (2.0, 3.0, 4.0)}, baseline=1.0)
+    for method in case["methods"]:
+        method["title"] = method["method"].upper()
+    assert report._unsteady(case) == "\nOn c n some trainings came to more than answering with the mean: 1 of 3 of SGD."
+    case["methods"][1]["values"]["test_loss"] = [0.5, 0.6, 0.6]
+    assert report._unsteady(case) is None
 
 
 def test_there_is_no_verdict_for_dante_beside_a_method_that_learnt_nothing():
@@ -237,7 +246,7 @@ def test_the_verdicts_are_counted_and_all_but_yes_are_listed():
     (line,) = report.verdicts([summary._claim("test_loss", case, "dante", "sgd") for case in cases])
     assert line == (
         "`dante` against `sgd`: holds in 1 of 6, level in 1 (c n), the other stays ahead in 1 (b n), "
-        "one seed in 1 (d n: ahead), no verdict in 1 (e n: nothing learnt), no comparison in 1 (f n: sgd diverged)."
+        "one seed in 1 (d n: ahead), no verdict in 1 (e n: nothing learnt, ahead), no comparison in 1 (f n: sgd diverged)."
     )
 
 
@@ -375,7 +384,7 @@ def test_what_fails_ends_with_status_1_and_a_page(dante, tiny_experiment, monkey
     monkeypatch.setattr(search, "train", fail)
     status, _, err = dante("reproduce", "mlp", "--jobs", 1, "--output", "here", "--quiet")
     assert status == 1
-    assert "SGD (constant rate): RuntimeError: no luck" in err
+    assert "SGD (constant rate): in the search of a rate: RuntimeError: no luck" in err
     assert "Failed: tiny 6-5-3, SGD (constant rate)" in pathlib.Path("here/mlp.md").read_text()
 
 

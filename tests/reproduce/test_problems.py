@@ -51,6 +51,14 @@ def test_tables_are_split_by_seed_and_scaled_by_their_training_rows(tmp_path):
     assert first.unit == pytest.approx(float((train.std() / table.y.max()) ** 2), rel=1e-4)
 
 
+def test_a_table_with_other_rows_than_the_whole_is_another_problem(tmp_path, real_data):
+    write_ccpp(tmp_path)
+    assert problems.as_there(Spec("ccpp"), tmp_path) == Spec("ccpp", rows=50)
+    assert len(problems.load(Spec("ccpp", rows=50), tmp_path).x) == 40
+    assert problems.as_there(Spec("airfoil"), tmp_path) == Spec("airfoil")  # which is not there at all
+    assert all(problems.as_there(Spec(name), real_data) == Spec(name) for name in problems.ROWS)
+
+
 def test_a_table_for_an_autoencoder_is_scaled_to_one_and_keeps_its_classes(tmp_path):
     lines = [f"{' '.join(str((i * k) % 17) for k in range(1, 19))} {('van', 'bus')[i % 2]}" for i in range(200)]
     (tmp_path / "vehicle.dat").write_text("\n".join(lines) + "\n")

@@ -181,6 +181,19 @@ def test_a_row_without_what_is_needed_is_passed_over(tmp_path, lost):
     assert [row["job"]["rate"] for row in Store(path).rows.values()] == [3.0]
 
 
+@pytest.mark.parametrize(
+    "change", [
+        {"test_loss": math.nan}, {"test_loss": math.inf}, {"test_loss": "abc"}, {"test_loss": None}, {"seconds": None},
+        {"weights_updated": "many"}, {"status": "whatever"}, {"status": "failed"}, {"job": {"part": "final", "probe": None}},
+    ], ids=str,
+)  # fmt: skip
+def test_a_row_with_what_cannot_be_is_passed_over(tmp_path, change):
+    path = tmp_path / "runs.jsonl"
+    rows = [fake(Search(TINY, experiments.FOUR[0], 0).job(i, 1, "final"), 0.5) for i in (0, 1)]
+    path.write_text(json.dumps(rows[0] | change) + "\n" + json.dumps(rows[1]) + "\n")
+    assert [row["job"]["rate"] for row in Store(path).rows.values()] == [3.0]
+
+
 def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
     (tmp_path / "runs.jsonl").write_bytes(b"\xff\xfe{}")
     with pytest.raises(ValueError, match=rf"^{tmp_path}/runs\.jsonl: expected a text in UTF-8"):
@@ -220,9 +233,26 @@ def test_what_fails_is_said_and_is_tried_again(tmp_path, monkeypatch):
         patch.setattr(search, "train", fail)
         run_all(case, store := Store(tmp_path / "runs.jsonl"))
     found = summary.summarise(experiment, False, store, {})
-    assert summary.failures(found) == ["tiny 6-5-3, DANTE as published (T = 5, constant rate): RuntimeError: out of luck"]
+    assert summary.failures(found) == [
+        "tiny 6-5-3, DANTE as published (T = 5, constant rate): in the search of a rate: RuntimeError: out of luck"
+    ]
     run_all(case, store := Store(tmp_path / "runs.jsonl"))
     assert summary.failures(summary.summarise(experiment, False, store, {})) == []
+
+
+def test_a_training_that_fails_in_a_search_is_said_though_another_rate_was_chosen(tmp_path, monkeypatch):
+    def fail_at_some(problem, widths, activation, loss, method, rate, *rest, **more):
+        if rate == 0.3:
+            raise MemoryError
+        return runs.train(problem, widths, activation, loss, method, rate, *rest, **more)
+
+    case = replace(TINY, methods=TINY.methods[:1])
+    monkeypatch.setattr(search, "train", fail_at_some)
+    run_all(case, store := Store(tmp_path / "runs.jsonl"))
+    found = summary.summarise(experiments.Experiment("tiny", "Tiny", "nowhere", "", (case,)), False, store, {})
+    assert found["cases"][0]["methods"][0]["status"] == "done"
+    (said,) = summary.failures(found)
+    assert said.endswith("in the search of a rate: MemoryError:")
 
 
 def test_processes_give_the_rows_of_one(tmp_path):
