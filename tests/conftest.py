@@ -26,7 +26,7 @@ settings.load_profile("repeatable")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Tests that are too long for every change."""
     what = (
-        "compile for all compute capabilities, not one; 20 schedules of a kernel, not 5, 10 of a broken one, not 3; every size"
+        "compile for all compute capabilities, not one; 20 schedules of a kernel, not 3, 10 of a broken one, not 3; every size"
     )
     parser.addoption("--nightly", action="store_true", help=what)
 
@@ -46,7 +46,7 @@ def pairs(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def unfair(request: pytest.FixtureRequest) -> range:
     """Seeds of unfair schedules of a kernel's programs; all of them must give the same bits."""
-    return range(20 if request.config.getoption("--nightly") else 5)
+    return range(20 if request.config.getoption("--nightly") else 3)
 
 
 @pytest.fixture(scope="session", autouse=True)
