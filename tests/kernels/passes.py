@@ -66,3 +66,20 @@ def strided(t: Tensor, *, transposed: bool) -> Tensor:
     shape = (t.shape[1], t.shape[0], 3) if transposed else (*t.shape, 3)
     view = torch.full(shape, 7.0, dtype=t.dtype).select(2, 1)
     return (view.t() if transposed else view).copy_(t)
+
+
+# What makes a step's result not finite: data, weights, a class or a row that does not exist.
+SPOILED = ["x", "weight", "label", "negative label", "order", "negative order", "far order"]
+
+
+def spoil(p: Problem, order: Tensor, what: str, value: float = torch.nan) -> None:
+    """Spoil the fifth row's part of a pass over class indices, or a weight."""
+    if what.endswith("label"):
+        p.target[4] = -1 if "negative" in what else (p.suffix[-1].weight if p.suffix else p.weight).shape[0]
+    elif what.endswith("order"):
+        # A read of the far one would end the process.
+        order[4] = {"order": len(p.x), "negative order": -3, "far order": 2**45}[what]
+    elif what == "x":
+        p.x[4, 2] = value
+    else:
+        p.weight[1, 1] = value

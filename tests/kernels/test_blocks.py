@@ -239,6 +239,17 @@ def test_rounds_side_by_side_have_the_bits_of_each_alone(momentum, at_once, monk
             assert now is then is None or torch.equal(now, then)
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_round_s_mini_batch_is_no_larger_than_x_as_its_tiles_were_chosen(shuffled):
+    p = make_problem(seed=31, rows=50, n_in=20, widths=(12, 7))
+    (one,) = rounds_of([p], 0.0)
+    order = torch.arange(50) if shuffled else None
+    passes = [blocks.Span(order, 0, 50), blocks.Span(None if order is None else order.clone(), 0, 50)]
+    arguments = one._replace(blocks=[blocks.Block(0, passes, 0.1)], batch_size=60).arguments()
+    assert arguments[6] == 50
+    assert arguments[blocks.TABLE][:, 1].tolist() == [50, 50]
+
+
 def test_rounds_of_another_shape_or_rule_are_launches_of_their_own_and_errors_are_each_ones_own(monkeypatch):
     problems = [make_problem(seed=s, rows=50, n_in=70, widths=(37, 10), class_indices=False) for s in range(5)]
     monkeypatch.setattr(kernels, "_most_programs", lambda tensor: 1000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from passes import NO_MOMENTUM, assert_pass_is_right, changed, epoch, rule_of, strided, truth
+from passes import NO_MOMENTUM, SPOILED, assert_pass_is_right, changed, epoch, rule_of, spoil, strided, truth
 from support import ACTIVATIONS, LOSSES, as_float32, make_problem
 
 from dante_kernels.kernels import tiling
@@ -86,25 +86,17 @@ def test_strides_bfloat16_and_uint8_give_the_bits_of_contiguous_float32(transpos
     assert (storage == 7.0).sum() >= 2 * q.weight.numel()
 
 
-@pytest.mark.parametrize("spoil", ["x", "weight", "label", "negative label", "order", "negative order", "far order"])
+@pytest.mark.parametrize("what", SPOILED)
 @pytest.mark.parametrize(("widths", "loss"), [((6, 3), "mse"), ((5,), "binary_cross_entropy"), ((4, 40), "cross_entropy")])
-def test_what_is_not_finite_skips_its_step_and_no_other(spoil, widths, loss):
+def test_what_is_not_finite_skips_its_step_and_no_other(what, widths, loss):
     p = make_problem(seed=0, rows=9, n_in=5, widths=widths, loss=loss, class_indices=True, activation="relu")
     order = torch.arange(9)
-    if spoil.endswith("label"):
-        p.target[4] = -1 if "negative" in spoil else widths[-1]
-    elif spoil.endswith("order"):
-        # A read of the far one would end the process.
-        order[4] = {"order": 9, "negative order": -3, "far order": 2**45}[spoil]
-    elif spoil == "x":
-        p.x[4, 2] = torch.nan
-    else:
-        p.weight[1, 1] = torch.nan
+    spoil(p, order, what)
     before = p.clone()
     values, norms = epoch(p, 3, order)
-    finite = [False] * 3 if spoil == "weight" else [True, False, True]
+    finite = [False] * 3 if what == "weight" else [True, False, True]
     assert norms.isfinite().tolist() == values.isfinite().tolist() == finite
-    if spoil == "weight":
+    if what == "weight":
         assert torch.equal(p.weight.view(torch.int32), before.weight.view(torch.int32))
         assert torch.equal(p.bias, before.bias)
     else:

@@ -36,6 +36,13 @@ def test_torch_makes_g_and_the_products_of_layers_that_are_worth_a_launch(made, 
     assert made == step + [tuple(3 if size == 24 else size for size in one) if type(one) is tuple else one for one in step]
 
 
+def test_a_short_last_mini_batch_may_have_fewer_products_by_torch(made, monkeypatch):
+    monkeypatch.setattr(tiling, "MANY_ROWS", 10)
+    assert_pass_is_right(make_problem(seed=5, rows=24, n_in=30, widths=(12, 5)), 20)
+    products = [one for one in made if type(one) is tuple]
+    assert products == [(20, 30, 12), (20, 12, 5), (20, 5, 12), (12, 20, 30), (12, 4, 30)]
+
+
 @pytest.mark.parametrize(("widths", "loss"), [((784, 100, 10), 0), ((784,), 0), ((60, 784), 1), ((400, 300, 20, 10), 0)])
 def test_the_model_counts_the_launches_that_are_made(made, widths, loss, monkeypatch):
     p = make_problem(seed=0, rows=5, n_in=70, widths=widths, loss=LOSSES[loss])
