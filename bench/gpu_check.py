@@ -4,9 +4,9 @@
 
 First correctness: every operator against the float64 reference on the CPU by the error rule of the tests, equality of a
 pass with its steps, short blocks and models in one launch, 200 repeats bitwise while another stream keeps the device busy,
-capture and replay as CUDA graphs, and compute-sanitizer on small cases where it is installed. Only when all of that holds,
-the numbers that the cost model assumes, measured (`gpu_limits.py`), and timings (`gpu_timings.py`). Results go to
-bench/results/ as JSON with device, versions and commit. ``--device cpu`` with TRITON_INTERPRET=1 is
+capture and replay of passes and of short blocks as CUDA graphs, and compute-sanitizer on small cases where it is installed. Only
+when all of that holds, the numbers that the cost model assumes, measured (`gpu_limits.py`), and timings (`gpu_timings.py`). Results
+go to bench/results/ as JSON with device, versions and commit. ``--device cpu`` with TRITON_INTERPRET=1 is
 a rehearsal without a GPU, some minutes long: a few of the checks, no timings.
 """
 
@@ -248,6 +248,33 @@ def check_short_blocks_and_models(device: torch.device, few: bool) -> str:
     return "2 rules"
 
 
+def check_recorded_blocks(device: torch.device, few: bool) -> str:
+    """Rounds of short blocks of deeper nets, replayed, have the bits that they have launch by launch, under every plan."""
+    n_in, rows = (20, 40) if few else (784, 400)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(rows, n_in, generator=generator), torch.randint(0, 10, (rows,), generator=generator)
+    settings = {"schedule": dk.RoundRobin(rounds=4, inner_epochs=1, inner_steps=1 if few else 5), "relative_lr": True}
+    for name in ("auto", "fused", "streamed", "library"):
+        trained = []
+        for switch in ("0", "1"):
+            model = net(n_in, 30, 20, 10, seed=0).to(device)
+            with chosen_plan(name, graphs=switch):
+                dk.fit(
+                    model,
+                    x.to(device),
+                    y.to(device),
+                    lr=0.02,
+                    momentum=0.9,
+                    batch_size=20,
+                    backend="triton",
+                    seed=0,
+                    **settings,
+                )
+            trained.append(weights(model))
+        assert torch.equal(*trained), f"plan {name}: replayed blocks differ"
+    return "4 plans"
+
+
 def check_sanitizer(device: torch.device, few: bool) -> str:
     """memcheck and racecheck find nothing on the small cases."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -268,6 +295,7 @@ CHECKS = [
     check_graph_capture,
     check_graph_replays,
     check_short_blocks_and_models,
+    check_recorded_blocks,
     check_sanitizer,
 ]
 

@@ -7,6 +7,7 @@ os.environ.pop("DANTE_BACKEND", None)
 
 import importlib.util
 import pathlib
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -47,6 +48,12 @@ def pairs(request: pytest.FixtureRequest) -> int:
 def unfair(request: pytest.FixtureRequest) -> range:
     """Seeds of unfair schedules of a kernel's programs; all of them must give the same bits."""
     return range(20 if request.config.getoption("--nightly") else 3)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptions_come_through() -> None:
+    """As in a terminal: a shell's background jobs ignore Ctrl-C, and what they start does too, so tests would wait for ever."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

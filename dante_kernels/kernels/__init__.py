@@ -14,10 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused, graphs, library, one_launch, plan, streamed
+from . import fused, library, one_launch, plan, streamed
 from .fused import Call, Layer, Pass, chain, forward
+from .graphs import run as recorded
 
-__all__ = ["blocks_tiles", "layer_forward", "layer_gradient", "sngd_blocks_", "sngd_epoch_", "sngd_epochs_", "sngd_step_"]
+__all__ = [
+    "blocks_tiles",
+    "layer_forward",
+    "layer_gradient",
+    "recorded",
+    "sngd_blocks_",
+    "sngd_epoch_",
+    "sngd_epochs_",
+    "sngd_step_",
+]
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -109,7 +119,8 @@ def _side_by_side(group: list[Call]) -> list[tuple[Tensor, Tensor]]:
         if choice.tiles is None:
             launches = choice.launches * -(-one.rows // one.batch_size)
             run = {"streamed": streamed.run, "fused": fused.run, "library": library.run}[choice.plan]
-            return [graphs.run(run, tuple(call), (call.order, call.lr), launches) for call in group]
+            done = [recorded(run, tuple(call), (call.order, call.lr), launches) for call in group]
+            return [(losses, norms) for losses, norms in done]
         at_once = most // choice.tiles.programs
         results: list[tuple[Tensor, Tensor]] = []
         for first in range(0, len(group), at_once):
@@ -126,11 +137,12 @@ def _widths(layers: list[Layer]) -> tuple[int, ...]:
 
 def blocks_tiles(widths: list[int], batch_size: int, loss: int, momentum: bool, steps: float, x: Tensor) -> Any:
     """The tiles with which `sngd_blocks_` runs blocks of about `steps` steps in one launch, or None where it should not."""
-    if os.environ.get(plan.ENVIRONMENT_VARIABLE, "auto") not in ("auto", "persistent"):
+    wanted = os.environ.get(plan.ENVIRONMENT_VARIABLE, "auto")
+    if wanted not in ("auto", "persistent"):
         return None
     precision = torch.get_float32_matmul_precision()
     shape = plan.Shape(tuple(widths), batch_size, loss, momentum=momentum, x_dtype=x.dtype, precision=precision)
-    return plan.blocks(shape, steps, _most_programs(x), plan.device_of(x.device))
+    return plan.blocks(shape, steps, _most_programs(x), plan.device_of(x.device), wanted)
 
 
 def sngd_blocks_(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""A pass of many launches, recorded as a CUDA graph when it comes a second time and replayed from then on.
+"""Many launches, those of a pass or of several blocks, recorded as a CUDA graph when they come a second time, then replayed.
 
 What a graph bakes in is its key: the address, shape and strides of every tensor, every number, the precision switch and the
 stream. What may differ from call to call, the order of the rows and the learning rate, is copied into tensors of the
@@ -30,7 +30,7 @@ MOST_LAUNCHES = 2**16  # a node takes about a kilobyte of the host's memory, and
 
 logger = logging.getLogger("dante_kernels")
 
-Results = tuple[Tensor, Tensor]  # losses and norms of a pass
+Results = tuple[Tensor, ...]
 Function = Callable[..., Results]
 Changing = tuple[Tensor | None, ...]
 
@@ -152,18 +152,19 @@ class Graphs:
             self._lock.release()
 
     def _run(self, key: Hashable, function: Function, arguments: tuple[Any, ...], changing: Changing) -> Results:
-        known = self.entries.pop(key, None)
-        entry = known or _Entry(_like(changing))
+        entry, first = self.entries.get(key), key not in self.entries
+        if entry is None:
+            entry = _Entry(_like(changing))
         for mine, tensor in zip(entry.own, changing, strict=True):
             if mine is not None and tensor is not None:
                 mine.copy_(tensor)
-        arguments = _with_own(arguments, changing, entry.own)
-        if known is None:
+        if first:
             # On the graph's own copies, so that every kernel that will be recorded has been compiled for them.
-            results = function(*arguments)
+            results = function(*_with_own(arguments, changing, entry.own))
             self._keep(key, entry)
             return results
         if entry.recording is None:
+            arguments = _with_own(arguments, changing, entry.own)
             try:
                 entry.recording = self.recorder.record(lambda: function(*arguments))
             except RuntimeError as error:
@@ -171,14 +172,15 @@ class Graphs:
                 self.usable = False
                 self.entries.clear()
                 return function(*arguments)
-        self._keep(key, entry)
+            self._keep(key, entry)
+        self.entries.move_to_end(key)
         entry.recording.replay()
-        losses, norms = entry.recording.results
-        return losses.clone(), norms.clone()
+        return tuple(result.clone() for result in entry.recording.results)
 
     def _keep(self, key: Hashable, entry: _Entry) -> None:
         """As the last used; the least recently used go while there are too many, but never this one."""
         self.entries[key] = entry
+        self.entries.move_to_end(key)
         total = sum(entry.bytes for entry in self.entries.values())
         while len(self.entries) > MOST_GRAPHS or (total > MOST_BYTES and len(self.entries) > 1):
             total -= self.entries.popitem(last=False)[1].bytes
@@ -188,5 +190,5 @@ _shared = Graphs(CudaRecorder())
 
 
 def run(function: Function, arguments: tuple[Any, ...], changing: Changing, launches: int) -> Results:
-    """`Graphs.run` with the recordings that all passes share."""
+    """`Graphs.run` with the recordings that all share."""
     return _shared.run(function, arguments, changing, launches)

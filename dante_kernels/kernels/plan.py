@@ -156,20 +156,21 @@ def persistent(
     return max(good, key=lambda t: (most_programs // t.programs, -t.microseconds, t.num_warps), default=None)
 
 
-def blocks(shape: Shape, steps: float, most_programs: int, device: Device = H200) -> Persistent | None:
+def blocks(shape: Shape, steps: float, most_programs: int, device: Device = H200, wanted: str = "auto") -> Persistent | None:
     """The tiles with which blocks of `steps` steps, of two layers in turn, run in one launch, or None where that is slower.
 
-    `shape` is that of a pass of the first layer; the second one's input is float32 whatever x is.
+    `shape` is that of a pass of the first layer; the second one's input is float32 whatever x is. With `wanted` "persistent"
+    they run so wherever they can.
 
-    There a step of either layer takes what the hidden one's takes, but a block costs nothing beside its steps, neither on the
-    device nor in Python.
+    There a step of either layer takes what the hidden one's takes, but a block costs the device nothing beside its steps. Else
+    its launches are recorded and replayed, and its rows, its prefix's activations and its layer come and go.
     """
     if len(shape.widths) != 3:
         return None
     both = persistent(shape, most_programs, device, both=True)
     last = shape._replace(widths=shape.widths[1:], x_dtype=torch.float32)
     alone = [persistent(one, most_programs, device) for one in (shape, last)]
-    if both is None or None in alone:
+    if both is None or None in alone or wanted == "persistent":
         return both
     in_turn = steps * sum(tiles.microseconds for tiles in alone if tiles) + 2 * device.block
     return both if 2 * steps * both.microseconds < max(in_turn, 2 * device.host_block) else None

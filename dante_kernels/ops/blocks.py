@@ -1,4 +1,4 @@
-"""Rounds of blocks of one-hidden-layer networks in one launch, where the backend has a kernel for that."""
+"""Blocks of several layers in turn in one call: one launch of a kernel, or launches that are recorded once and replayed."""
 
 from __future__ import annotations
 
@@ -39,17 +39,46 @@ class Velocity(NamedTuple):
     bias: Tensor | None
 
 
+class Launcher(NamedTuple):
+    """How a `Round` runs: by a backend's kernel for whole rounds, with these tiles; or, without them, recorded and replayed."""
+
+    serving: Any
+    tiles: Any
+
+    @property
+    def whole(self) -> bool:
+        """Whether a round of any length is one launch."""
+        return self.tiles is not None
+
+
 def block_launcher(
-    layers: Sequence[Layer], x: Tensor, batch_size: int, loss: str, momentum: bool, steps: float, backend: str
-) -> Any:
-    """What a `Round` needs to run blocks of about `steps` steps in one launch; None where it cannot, or is slower so."""
+    layers: Sequence[Layer],
+    x: Tensor,
+    batch_size: int,
+    loss: str,
+    momentum: bool,
+    steps: float,
+    backend: str,
+    all_in_turn: bool,
+) -> Launcher | None:
+    """What runs blocks of about `steps` steps; None where the backend has nothing for them.
+
+    `all_in_turn` says that every layer has its blocks, as a kernel for whole rounds demands.
+    """
     weight = layers[0].weight
     serving = backends.module(backends.serving(backend, weight.device, weight.dtype))
-    if len(layers) != 2 or not hasattr(serving, "sngd_blocks_"):
+    if not hasattr(serving, "sngd_blocks_"):
         return None
+    if len(layers) != 2 or not all_in_turn:
+        return Launcher(serving, None)
     widths = [weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
-    tiles = serving.blocks_tiles(widths, min(batch_size, x.shape[0]), losses.code(loss), momentum, steps, x)
-    return None if tiles is None else (serving, tiles)
+    return Launcher(serving, serving.blocks_tiles(widths, min(batch_size, x.shape[0]), losses.code(loss), momentum, steps, x))
+
+
+def step_length(rate: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The rate times the layer's Frobenius norm."""
+    parts = [weight] if bias is None else [weight, bias]
+    return rate * torch.stack([torch.linalg.vector_norm(part) for part in parts]).norm()
 
 
 def _in_one_order(blocks: Sequence[Block], x: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -73,15 +102,82 @@ def _in_one_order(blocks: Sequence[Block], x: Tensor, batch_size: int) -> tuple[
     return torch.cat(orders), torch.from_numpy(np.column_stack(table))
 
 
+def _apart(
+    serving: Any,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    x: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    pieces: bytes,
+    batch_size: int,
+    activations: list[float],
+    loss: int,
+    rates: Tensor,
+    velocity_weights: list[Tensor | None],
+    velocity_biases: list[Tensor | None],
+    momentum: float,
+    nesterov: bool,
+    x_scale: float,
+    relative: bool,
+    reset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, norms, lengths): blocks by a backend's operators; `pieces` as from `_rows_of`."""
+    results: list[tuple[Tensor, Tensor]] = []
+    lengths: list[Tensor] = []
+    for start, stop, layer, block in _numbers(pieces):
+        weight, bias = weights[layer], biases[layer]
+        velocity = velocity_weights[layer], velocity_biases[layer]
+        if block == len(lengths):
+            if reset:
+                for part in velocity:
+                    if part is not None:
+                        part.zero_()
+            lengths.append(step_length(rates[block], weight, bias) if relative else rates[block].clone())
+        chosen = rows[start:stop]
+        h, t, order, scale = x, target, None if layer else chosen, x_scale
+        if layer:
+            h, t = x[chosen], target[chosen]
+            for i in range(layer):
+                h = serving.layer_forward(h, weights[i], biases[i], activations[3 * i : 3 * i + 3], scale)
+                scale = 1.0
+        after = weights[layer + 1 :], biases[layer + 1 :], activations[3 * layer :], loss
+        results.append(
+            serving.sngd_epoch_(
+                weight, bias, h, t, order, batch_size, *after, lengths[block], *velocity, momentum, nesterov, scale
+            )
+        )
+    every_loss, every_norm = (torch.cat(part) for part in zip(*results, strict=True))
+    return every_loss, every_norm, torch.stack(lengths)
+
+
+def _rows_of(blocks: Sequence[Block], x: Tensor, batch_size: int) -> tuple[Tensor, bytes]:
+    """The rows of all blocks, one after the other, and of each piece its places there, its layer and its block, as int64."""
+    rows: list[Tensor] = []
+    pieces: list[list[int]] = []
+    end = 0
+    for i, block in enumerate(blocks):
+        for order, start, stop in block.rows:
+            rows.append(torch.arange(start, stop, device=x.device) if order is None else order[start:stop])
+            pieces.append([end, end + stop - start, block.layer, i])
+            end += stop - start
+    return torch.cat(rows), np.array(pieces, dtype=np.int64).tobytes()
+
+
+def _numbers(pieces: bytes) -> list[list[int]]:
+    found: list[list[int]] = np.frombuffer(pieces, dtype=np.int64).reshape(-1, 4).tolist()
+    return found
+
+
 class Round(NamedTuple):
-    """Blocks of two layers in turn, which one launch makes: what `layer_forward` and `sngd_epoch_` do block by block, up to
-    rounding, since the hidden layer's activations are computed anew in every step.
+    """Blocks of the layers in turn, in one call: what `layer_forward` and `sngd_epoch_` do block by block; in one launch up to
+    rounding, since there the hidden layer's activations are computed anew in every step.
 
     `launcher` is that of `block_launcher`; with `relative_lr` a block's steps are its rate times the Frobenius norm of its
     layer at the block's start; with `reset_momentum` a block starts from zero velocity. The rest is as in `sngd_epoch_`.
     """
 
-    launcher: Any
+    launcher: Launcher
     layers: Sequence[Layer]
     velocities: Sequence[Velocity]
     x: Tensor
@@ -97,19 +193,19 @@ class Round(NamedTuple):
 
     def arguments(self) -> tuple[Any, ...]:
         """Checked, as the backend takes them; the table of steps is still on the CPU."""
-        (weight, bias, activation), last = self.layers
-        weights, biases, numbers = flatten([last], activation)
+        (weight, bias, activation), *rest = self.layers
+        weights, biases, numbers = flatten(rest, activation)
         code = losses.code(self.loss)
         checks.problem(weight, bias, self.x, self.target, weights, biases, numbers, code, self.x_scale)
         batch_size = min(self.batch_size, self.x.shape[0])  # as the tiles were chosen
-        order, table = _in_one_order(self.blocks, self.x, batch_size)
+        order, table = (_in_one_order if self.launcher.whole else _rows_of)(self.blocks, self.x, batch_size)
         lengths = torch.tensor([block.lr for block in self.blocks], dtype=weight.dtype).to(weight.device, non_blocking=True)
         for layer, velocity in zip(self.layers, self.velocities, strict=True):
             checks.update(*layer[:2], lengths[0], *velocity, self.momentum, self.nesterov)
         return (
             [weight, *weights], [bias, *biases], self.x, self.target, order, table, batch_size, numbers, code, lengths,
             [v.weight for v in self.velocities], [v.bias for v in self.velocities], self.momentum, self.nesterov,
-            self.x_scale, self.relative_lr, self.reset_momentum, self.launcher[1],
+            self.x_scale, self.relative_lr, self.reset_momentum,
         )  # fmt: skip
 
     @property
@@ -119,7 +215,7 @@ class Round(NamedTuple):
 
 
 def sngd_blocks_(rounds: Sequence[Round]) -> list[tuple[Tensor, Tensor, Tensor] | Exception]:
-    """Each model's round, in place, those alike in as few launches as there is room for, without waiting for the device.
+    """Each model's round, in place, without waiting for the device; those alike that are one launch share as few as can be.
 
     Weights, biases and velocities are **mutated**; no two rounds may share them. Bits are those of each round alone.
 
@@ -134,17 +230,30 @@ def sngd_blocks_(rounds: Sequence[Round]) -> list[tuple[Tensor, Tensor, Tensor] 
         for i, one in enumerate(rounds):
             try:
                 calls[i] = one.arguments()
+                if not one.launcher.whole:
+                    results[i] = _replayed(one.launcher.serving, calls[i])
+                    registration.count_up(one.changed)
             except Exception as error:
                 results[i] = error
             else:
-                same = (calls[i][TABLE].numpy().tobytes(), *map(checks.kind, calls[i]))
-                groups.setdefault((one.launcher[0], *same), []).append(i)
-        for (serving, *_), members in groups.items():
+                if one.launcher.whole:
+                    same = (calls[i][TABLE].numpy().tobytes(), *map(checks.kind, calls[i]))
+                    groups.setdefault((*one.launcher, *same), []).append(i)
+        for (serving, tiles, *_), members in groups.items():
             try:
-                done = serving.sngd_blocks_([calls[i] for i in members])
+                done = serving.sngd_blocks_([(*calls[i], tiles) for i in members])
             except Exception as error:
                 results.update(dict.fromkeys(members, error))
             else:
                 results.update((i, (*made, calls[i][LENGTHS])) for i, made in zip(members, done, strict=True))
                 registration.count_up(t for i in members for t in rounds[i].changed)
     return [results[i] for i in range(len(rounds))]
+
+
+def _replayed(serving: Any, call: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    rows, pieces, batch_size = call[TABLE - 1 : TABLE + 2]
+    steps = sum(-(-(stop - start) // batch_size) for start, stop, *_ in _numbers(pieces))
+    found: tuple[Tensor, Tensor, Tensor] = serving.recorded(
+        _apart, (serving, *call), (rows, call[LENGTHS]), steps * (4 * len(call[0]) + 3)
+    )
+    return found

@@ -16,6 +16,7 @@ from ..ops.checks import number
 from .directions import MOMENTUM
 from .fit import PRECISIONS, _device, _whole
 from .schedules import INNER_STEPS
+from .trainer import STEPS_AT_ONCE
 
 if TYPE_CHECKING:
     from ..kernels import plan
@@ -83,6 +84,10 @@ class Explanation:
         if self.blocks is not None:
             groups = f"{self.blocks.split_out} x {self.blocks.split_in} programs, {self.blocks.microseconds:.1f} us a step"
             rate.append(f"a round of blocks of {INNER_STEPS} steps, fit's default, is one launch of {groups} of either layer")
+        elif rate:
+            rate.append(
+                f"blocks of {INNER_STEPS} steps, fit's default, are replayed from CUDA graphs of about {STEPS_AT_ONCE} steps"
+            )
         return "\n".join([self.heading, "", *table, "", *reasons, *rate, self.served_by])
 
     __repr__ = __str__
@@ -156,7 +161,7 @@ def explain(
     both = None
     if all(net.trainable) and wanted in ("auto", "persistent"):
         shape = plan.Shape(tuple(widths), batch, code, momentum=velocity > 0, x_dtype=x_dtype, precision=switch)
-        both = plan.blocks(shape, INNER_STEPS, gpu.multiprocessors, gpu)
+        both = plan.blocks(shape, INNER_STEPS, gpu.multiprocessors, gpu, wanted)
     times = [layer.choice.microseconds for layer in layers if layer.choice is not None]
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "an H200"
     chain = "-".join(map(str, widths))

@@ -58,7 +58,7 @@ def fit_many(models: Sequence[nn.Module], x: Any, y: Any = None, **settings: Any
     Returns:
         The `History` of each model, in order. Its seconds are those of the clock, with other models' work among them.
 
-        Interrupted, such as by Ctrl-C, all models stop at the end of their blocks, or of a round that is one launch, keep
+        Interrupted, such as by Ctrl-C, all models stop at the end of their blocks, or of those that are one call, keep
         those weights, and the interruption is raised.
 
     Raises:

@@ -144,7 +144,7 @@ class Problem:
         self.x_scale = x_scale
         self.encoder = tuple(encoder)
         self.x = x
-        if self._fits(self.encoder):
+        if not encoder or self.fits(encoder[-1:], x.shape[0]):
             self.x = forward(self.encoder, x, backend, x_scale)
             self.encoder = ()
         self.target = target
@@ -154,12 +154,13 @@ class Problem:
     def _row_bytes(self, layers: Sequence[Layer]) -> int:
         return layers[-1].weight.shape[0] * layers[-1].weight.element_size() if layers else 0
 
-    def _fits(self, layers: Sequence[Layer]) -> bool:
-        return self.x.shape[0] * self._row_bytes(layers) <= self.budget
+    def fits(self, layers: Sequence[Layer], rows: int) -> bool:
+        """Whether the activations of each of these layers, for so many rows, fit the budget."""
+        return all(rows * self._row_bytes([layer]) <= self.budget for layer in layers)
 
     def behind(self, prefix: Sequence[Layer]) -> Problem | None:
         """The problem of the layers after `prefix`, with the prefix's activations of all rows kept; None beyond the budget."""
-        if self.encoder or not self._fits(prefix):
+        if self.encoder or not self.fits(prefix[-1:], self.x.shape[0]):
             return None
         x = forward(prefix, self.x, self.backend, self.x_scale)
         return Problem(x, self.target, (), self.budget, self.backend, self.x_scale)

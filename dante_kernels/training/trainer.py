@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..network import Network
 from ..ops import Layer
-from ..ops.blocks import Block, Round, Velocity, block_launcher
+from ..ops.blocks import Block, Launcher, Round, Velocity, block_launcher, step_length
 from . import checkpoint, directions, finetune
 from .history import BlockRecord, History, RoundRecord
 from .problem import Problem, RowStream, evaluate, scale_of
@@ -22,6 +22,8 @@ from .schedules import Phase, Schedule
 
 LearningRate = float | Sequence[float] | Callable[[int], float | Sequence[float]]
 Callback = Callable[[History], Any]
+
+STEPS_AT_ONCE = 256  # of blocks that are recorded and replayed in one call
 
 # Training that leaves its passes to whoever drives it. It yields the arguments of `ops.sngd_epoch_` by name, or a `Round`, and
 # is sent the result; None, and is sent None, before each block and each epoch of fine-tuning, where it may be left off.
@@ -208,33 +210,44 @@ class Trainer:
         steps_per_pass = -(-self.x.shape[0] // self.settings.batch_size)
         lengths = self.settings.schedule.blocks(steps_per_pass)
         turns = [(layer, steps, steps) for steps in lengths for layer in phase.order if self.network.trainable[layer]]
-        launcher = self._block_launcher(phase, problem, sum(lengths) / len(lengths))
+        launcher = self._block_launcher(phase, problem, sum(lengths) / len(lengths), max(lengths) < steps_per_pass)
+        # A recorded call has whole cycles of the layers' blocks, calls about as many each.
+        cycles = max(1, STEPS_AT_ONCE * len(lengths) // max(1, sum(steps for _, steps, _ in turns)))
+        at_once = len(turns) // len(lengths) * -(-len(lengths) // -(-len(lengths) // cycles))
         if until is not None:
             turns = [*turns[: until[0]], *([(turns[until[0]][0], until[1], turns[until[0]][1])] if until[1] else [])]
-        if launcher is not None and turns:
-            yield None
-            done = yield from self._run_blocks_at_once(launcher, phase, problem, rates, [turn[:2] for turn in turns])
-            return done
         done = []
+        if launcher is not None:
+            at_once = max(1, len(turns)) if launcher.whole else at_once
+            for first in range(0, len(turns), at_once):
+                yield None
+                some = [turn[:2] for turn in turns[first : first + at_once]]
+                done += yield from self._run_blocks_at_once(launcher, phase, problem, rates, some)
+            return done
         for layer, steps, whole in turns:
             done.append((yield from self._run_block(phase, problem, layer, steps, rates[layer], whole >= steps_per_pass)))
         return done
 
-    def _block_launcher(self, phase: Phase, problem: Problem, steps: float) -> Any:
-        """What runs all blocks of a round in one launch; None where that cannot be, or is slower."""
+    def _block_launcher(self, phase: Phase, problem: Problem, steps: float, short: bool) -> Launcher | None:
+        """What runs several blocks, of about so many steps, in one call; None where that cannot be, or is slower.
+
+        Blocks of a pass or more, which are not `short`, take a whole pass's activations, and are better apart. Behind an encoder
+        no round is one launch, whose bits are others, since the budget must not decide them.
+        """
         settings, layers = self.settings, [self.network.layers[i] for i in phase.chain]
-        if phase.encoder or len(layers) != 2 or not all(self.network.trainable[i] for i in phase.chain):
+        if problem.encoder or problem.target is None or settings.direction not in directions.BY_KERNELS:
             return None
-        if settings.direction not in directions.BY_KERNELS:
-            return None
-        return block_launcher(
-            layers, problem.x, settings.batch_size, settings.loss, settings.momentum > 0, steps, settings.backend
-        )
+        launcher = block_launcher(
+            layers, problem.x, settings.batch_size, settings.loss, settings.momentum > 0, steps, settings.backend,
+            not phase.encoder and all(self.network.trainable[i] for i in phase.chain),
+        )  # fmt: skip
+        fits = problem.fits(layers[:-1], round(steps) * settings.batch_size)
+        return launcher if launcher is not None and (launcher.whole or (short and fits)) else None
 
     def _run_blocks_at_once(
-        self, launcher: Any, phase: Phase, problem: Problem, rates: list[float], turns: list[tuple[int, int]]
+        self, launcher: Launcher, phase: Phase, problem: Problem, rates: list[float], turns: list[tuple[int, int]]
     ) -> Passes[list[_Turn]]:
-        """Blocks of (layer, steps) in one launch; each takes its part, by its steps, of the launch's seconds."""
+        """Blocks of (layer, steps) in one call; each takes its part, by its steps, of the call's seconds."""
         settings, stop = self.settings, _stopwatch(self.device)
         assert problem.target is not None
         blocks = [
@@ -269,8 +282,7 @@ class Trainer:
                 part.zero_()
         lr = torch.full((), rate, dtype=weight.dtype, device=weight.device)
         if settings.relative_lr:
-            parts = [weight] if bias is None else [weight, bias]
-            lr = lr * torch.stack([torch.linalg.vector_norm(part) for part in parts]).norm()
+            lr = step_length(lr, weight, bias)
         kept = problem.behind(prefix) if keep and prefix else None
         if kept is not None:
             problem, prefix = kept, []

@@ -208,7 +208,7 @@ def test_the_least_recently_used_graphs_go_first(recorder, monkeypatch):
     assert recorded_for(problems[2])
     assert len(graphs._shared.entries) == 2
     monkeypatch.setattr(graphs, "MOST_BYTES", 10)
-    assert not recorded_for(problems[2])
+    assert recorded_for(problems[0])  # too large alone, but it is the one in use
     assert len(graphs._shared.entries) == 1
 
 

@@ -246,4 +246,6 @@ def test_blocks_are_one_launch_while_that_is_faster_than_python_and_the_device_b
     by_the_device = H200._replace(host_block=0.0)
     assert 0 < longest(20, by_the_device) < longest(20)
     assert longest(20, by_the_device._replace(block=0.0)) == 0
-    assert plan.blocks(Shape((784, 100, 100, 10), 20), 20, 132) is None
+    for wanted in ("auto", "persistent"):
+        assert plan.blocks(Shape((784, 100, 100, 10), 20), 20, 132, H200, wanted) is None
+    assert plan.blocks(Shape((784, 100, 10), 20), 2000, 132, H200, "persistent") is not None

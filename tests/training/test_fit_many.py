@@ -109,15 +109,15 @@ def test_a_list_holds_an_entry_for_each_model_in_x_and_y_too():
 
 def test_models_of_one_device_make_their_passes_together(groups, monkeypatch):
     """Of four models one has other layers, and one ends early; bits are those of training alone."""
-    monkeypatch.setenv("DANTE_GPU_PLAN", "fused")  # else rounds of short blocks are one launch, with no passes in it
+    monkeypatch.setenv("DANTE_GPU_PLAN", "fused")  # else rounds are one launch, with no passes in it
     models = [net(6, 4, 3, seed=0), net(6, 4, 3, seed=1), net(6, 5, 3, seed=2), net(6, 4, 3, seed=3)]
     stop = [None, None, None, lambda history: len(history.rounds) == 1]
     x, y = X[:22], Y[:22]
     assert_as_alone(
         models, x, y, backend="triton", batch_size=5, lr=[0.1, 0.2, 0.3, 0.4], seed=[3, 1, 4, 1], momentum=0.5,
-        schedule=dk.RoundRobin(rounds=2, inner_steps=4), callbacks=[() if one is None else (one,) for one in stop],
+        schedule=dk.RoundRobin(rounds=2, inner_epochs=1.6), callbacks=[() if one is None else (one,) for one in stop],
     )  # fmt: skip
-    assert groups == [3, 3, 2, 2, 2, 2]  # blocks of the second round go over into another pass
+    assert groups == [3] * 4 + [2] * 6  # a block of eight steps goes over into another pass, of the second round into two
 
 
 def test_models_of_one_device_make_their_rounds_together(monkeypatch):

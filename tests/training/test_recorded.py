@@ -1,0 +1,175 @@
+"""Short blocks of a deeper net: recorded once and replayed, with the bits of block after block."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dante_kernels as dk
+from dante_kernels.kernels import graphs, launcher
+from dante_kernels.training import trainer
+from dante_kernels.training.trainer import Trainer
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(23, 6, generator=GENERATOR)
+Y = torch.randint(0, 3, (23,), generator=GENERATOR)
+
+
+class Recorder(TorchDispatchMode):
+    """In place of `graphs.CudaRecorder`: notes torch's operations and the launches of kernels, and makes them again.
+
+    As in a CUDA graph, what a run makes lies where the recording has put it, and nothing that was there before is changed by
+    recording.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[Any] = []
+        self.recorded = self.replayed = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        aliases = [argument.alias_info for argument in op._schema.arguments if argument.alias_info is not None]
+        if any(alias.is_write for alias in aliases):
+            self.noted.append(lambda: op(*args, **kwargs))
+            return args[0]
+        made = op(*args, **kwargs)
+        if not aliases:  # a view shows what lies there anyway
+            results = [made] if isinstance(made, Tensor) else made
+
+            def again() -> None:
+                fresh = op(*args, **kwargs)
+                for old, new in zip(results, [fresh] if isinstance(fresh, Tensor) else fresh, strict=True):
+                    old.copy_(new)
+
+            self.noted.append(again)
+        return made
+
+    def place(self, tensor: Tensor) -> int:
+        return 0
+
+    def record(self, run: Any) -> graphs.Recording:
+        self.recorded += 1
+        self.noted = noted = []
+        launch = launcher.launch
+        with pytest.MonkeyPatch.context() as patch, self:
+            patch.setattr(launcher, "launch", lambda *args, **options: noted.append(lambda: launch(*args, **options)))
+            results = run()
+
+        def replay() -> None:
+            self.replayed += 1
+            for make in noted:
+                make()
+
+        return graphs.Recording(replay, results, 1000)
+
+
+def net(*widths: int, bias: bool = True) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    torch.manual_seed(3)
+    for n_in, n_out in itertools.pairwise(widths):
+        layers += [nn.Linear(n_in, n_out, bias=bias), nn.LeakyReLU(0.1)]
+    return nn.Sequential(*layers)
+
+
+CASES = [
+    {},
+    {"momentum": 0.9, "relative_lr": True},
+    {"momentum": 0.5, "relative_lr": True, "reset_momentum": True, "direction": "nesterov"},
+    {"shuffle": False, "loss": "cross_entropy"},
+    {"x": (X.abs() * 40).to(torch.uint8), "x_scale": 1 / 255},
+]
+
+
+def train(model: nn.Module, rounds: int = 4, x: Tensor = X, y: Tensor = Y, **more: Any) -> dk.History:
+    settings = {
+        "schedule": dk.RoundRobin(rounds=rounds, inner_epochs=1, inner_steps=2), "lr": 0.05, "batch_size": 5, "seed": 1,
+        "backend": "triton",
+    }  # fmt: skip
+    return dk.fit(model, x, y, **(settings | more))
+
+
+def numbers(model: nn.Module, history: dk.History) -> Tensor:
+    """All that training leaves."""
+    records = [[b.layer, b.steps, b.lr, b.loss, b.norm_mean, b.norm_min, b.norm_max] for b in history.blocks]
+    return torch.cat(
+        [torch.tensor(records, dtype=torch.float64).flatten(), *(p.detach().double().flatten() for p in model.parameters())]
+    )
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    monkeypatch.setenv("DANTE_GPU_PLAN", "fused")
+    recorder = Recorder()
+    monkeypatch.setattr(graphs, "_shared", graphs.Graphs(recorder))
+    return recorder
+
+
+@pytest.mark.parametrize("how", CASES, ids=lambda how: "-".join(how) or "plain")
+@pytest.mark.parametrize("at_once", [6, 256])
+def test_replayed_blocks_have_the_bits_of_block_after_block(how, at_once, recorder, monkeypatch):
+    """At once one cycle of the layers' blocks, of which the last are of one step, or all of a round."""
+    monkeypatch.setattr(trainer, "STEPS_AT_ONCE", at_once)
+    model = net(6, 5, 4, 3, bias="loss" not in how)
+    plain, alone = copy.deepcopy(model), copy.deepcopy(model)
+    ours = numbers(model, train(model, **how))
+    cycles = {6: (2, 10), 256: (1, 3)}[at_once]  # a round is two cycles of two steps a layer and one of one
+    assert (recorder.recorded, recorder.replayed) == cycles
+    monkeypatch.setenv("DANTE_CUDA_GRAPHS", "0")
+    assert torch.equal(ours, numbers(plain, train(plain, **how)))
+    assert recorder.replayed == cycles[1]
+    monkeypatch.setattr(Trainer, "_block_launcher", lambda *args: None)
+    assert torch.equal(ours, numbers(alone, train(alone, **how)))
+
+
+def test_a_layer_that_stays_frozen_has_no_blocks_and_no_change(recorder, monkeypatch):
+    model = net(6, 5, 4, 3)
+    model[2].requires_grad_(False)
+    alone, frozen = copy.deepcopy(model), model[2].weight.clone()
+    ours = numbers(model, train(model, momentum=0.9))
+    assert recorder.replayed
+    assert torch.equal(model[2].weight, frozen)
+    monkeypatch.setattr(Trainer, "_block_launcher", lambda *args: None)
+    assert torch.equal(ours, numbers(alone, train(alone, momentum=0.9)))
+
+
+@pytest.mark.parametrize(
+    "apart",
+    [
+        {"prefix_budget": 5 * 10 * 4 - 1},  # bytes of two mini-batches' activations, but one
+        {"schedule": dk.RoundRobin(rounds=2)},
+        {"direction": "sgd"},
+    ],
+    ids=["budget", "whole passes", "torch's own rule"],
+)
+def test_what_is_better_apart_stays_apart(apart, recorder, monkeypatch):
+    called = []
+    monkeypatch.setattr(Trainer, "_run_blocks_at_once", lambda *args: called.append(1))
+    train(net(6, 5, 4, 3), rounds=2, **apart)
+    assert not called
+
+
+@pytest.mark.parametrize("budget", [{}, {"prefix_budget": 22 * 5 * 4}], ids=["encoded once", "encoded anew"])
+def test_a_stacked_autoencoder_is_replayed_where_what_it_encodes_is_kept(budget, recorder, monkeypatch):
+    model = net(6, 5, 4, 5, 6)
+    how = {"schedule": dk.StackedAutoencoder(rounds=4, inner_epochs=1, inner_steps=2), "y": X, "momentum": 0.9} | budget
+    alone = copy.deepcopy(model)
+    phases, run = set(), Trainer._run_blocks_at_once
+
+    def run_blocks_at_once(self, launcher, phase, *args):
+        phases.add(len(phase.encoder))
+        return (yield from run(self, launcher, phase, *args))
+
+    monkeypatch.setattr(Trainer, "_run_blocks_at_once", run_blocks_at_once)
+    history = train(model, **how)
+    assert {block.phase for block in history.blocks} == {0, 1}
+    assert phases == ({0} if budget else {0, 1})
+    assert recorder.replayed
+    monkeypatch.setattr(Trainer, "_block_launcher", lambda *args: None)
+    assert torch.equal(numbers(model, history), numbers(alone, train(alone, **how)))
