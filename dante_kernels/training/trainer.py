@@ -231,8 +231,8 @@ class Trainer:
     def _block_launcher(self, phase: Phase, problem: Problem, steps: float, short: bool) -> Launcher | None:
         """What runs several blocks, of about so many steps, in one call; None where that cannot be, or is slower.
 
-        Blocks of a pass or more, which are not `short`, take a whole pass's activations, and are better apart. Behind an encoder
-        no round is one launch, whose bits are others, since the budget must not decide them.
+        Blocks of a pass or more, which are not `short`, take a whole pass's activations, and are better apart. Behind an
+        encoder no round is one launch, whose bits are others, since the budget must not decide them.
         """
         settings, layers = self.settings, [self.network.layers[i] for i in phase.chain]
         if problem.encoder or problem.target is None or settings.direction not in directions.BY_KERNELS:
