@@ -5,8 +5,8 @@
 First correctness: every operator against the float64 reference on the CPU by the error rule of the tests, equality of a
 pass with its steps, short blocks and models in one launch, 200 repeats bitwise while another stream keeps the device busy,
 capture and replay of passes and of short blocks as CUDA graphs, and compute-sanitizer on small cases where it is installed.
-Only when all of that holds, the numbers that the cost model assumes, measured (`gpu_limits.py`), and timings
-(`gpu_timings.py`). Results go to bench/results/ as JSON with device, versions and commit. ``--device cpu`` with TRITON_INTERPRET=1 is
+Only when all of that holds, the numbers that the cost model assumes, measured (`gpu_limits.py`), and timings.
+Results go to bench/results/ as JSON with device, versions and commit. ``--device cpu`` with TRITON_INTERPRET=1 is
 a rehearsal without a GPU, some minutes long: a few of the checks, no timings.
 """
 

@@ -104,7 +104,8 @@ def persistent(
     next_size = tiles * BLOCK_B * BLOCK_NEXT
     p_x = of_model(p_x, p_offsets, model, 4)
     p_target = of_model(p_target, p_offsets, model, 5)
-    p_order = of_model(p_order, p_offsets, model, 6)
+    if p_order is not None:  # Triton 3.6 has no function return None
+        p_order = of_model(p_order, p_offsets, model, 6)
     p_lr = of_model(p_lr, p_offsets, model, 11)
     if p_offsets is not None:
         if p_next_z is not None:

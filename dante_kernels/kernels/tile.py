@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-# ruff: noqa: SIM102, SIM108 - an `if` on a constexpr is decided at compile time, and stands apart from the others
+# ruff: noqa: SIM108 - an `if` on a constexpr is decided at compile time, and stands apart from the others
 """What a program of the persistent kernel does with one tile of rows, and with its part of a layer."""
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ POINTERS = tl.constexpr(14)  # of a model, in the order of the persistent kernel
 
 @triton.jit
 def of_model(p, p_offsets, model, PLACE: tl.constexpr):
-    """A model's own pointer: the call's, and with `offsets` (models, POINTERS) so many elements after it; None stays None."""
-    if p is not None:
-        if p_offsets is not None:
-            p += tl.load(p_offsets + model * POINTERS + PLACE)
+    """A model's own pointer: the call's, and with `offsets` (models, POINTERS) so many elements after it."""
+    if p_offsets is not None:
+        p += tl.load(p_offsets + model * POINTERS + PLACE)
     return p
 
 
