@@ -36,7 +36,7 @@ from bench import gpu_limits, gpu_timings
 from bench.gpu_timings import chosen_plan, moved
 from bench.peers.cuda_graph import graph_of
 from dante_kernels import ops
-from dante_kernels.ops import backends
+from dante_kernels.ops import backends, blocks
 from dante_kernels.training.run import matmul_precision
 
 SHAPES = [  # rows, n_in, widths of the active layer and its suffix
@@ -250,6 +250,8 @@ def check_short_blocks_and_models(device: torch.device, few: bool) -> str:
 
 def check_recorded_blocks(device: torch.device, few: bool) -> str:
     """Rounds of short blocks of deeper nets, replayed, have the bits that they have launch by launch, under every plan."""
+    from dante_kernels.kernels import graphs
+
     n_in, rows = (20, 40) if few else (784, 400)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(rows, n_in, generator=generator), torch.randint(0, 10, (rows,), generator=generator)
@@ -271,6 +273,10 @@ def check_recorded_blocks(device: torch.device, few: bool) -> str:
                     **settings,
                 )
             trained.append(weights(model))
+            if switch == "1" and device.type == "cuda":
+                entries = [entry for key, entry in graphs._shared.entries.items() if key[0] is blocks._apart and name in key]
+                assert graphs._shared.usable, "a recording failed"
+                assert any(entry.recording is not None for entry in entries), f"plan {name}: nothing was replayed"
         assert torch.equal(*trained), f"plan {name}: replayed blocks differ"
     return "4 plans"
 

@@ -7,16 +7,14 @@ Under TRITON_INTERPRET=1 the same kernels run on CPU tensors. Importing this com
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import fused, library, one_launch, plan, streamed
+from . import fused, graphs, library, one_launch, plan, streamed
 from .fused import Call, Layer, Pass, chain, forward
-from .graphs import run as recorded
 
 __all__ = [
     "blocks_tiles",
@@ -41,6 +39,14 @@ def _most_programs(tensor: Tensor) -> int:
     The interpreter runs one program after the other, so there it must be one that waits for no other.
     """
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+
+
+def recorded(
+    function: Callable[..., tuple[Tensor, ...]], arguments: tuple[Any, ...], changing: tuple[Tensor | None, ...], launches: int
+) -> tuple[Tensor, ...]:
+    """`graphs.run` on the device of what changes, which need not be the current one."""
+    with _on_device_of(next(tensor for tensor in changing if tensor is not None)):
+        return graphs.run(function, arguments, changing, launches)
 
 
 def layer_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float], x_scale: float = 1.0) -> Tensor:
@@ -113,8 +119,7 @@ def _side_by_side(group: list[Call]) -> list[tuple[Tensor, Tensor]]:
         _widths(one.layers), min(one.batch_size, one.rows), one.loss, one.bias is not None, one.velocity_weight is not None,
         one.x.dtype, torch.get_float32_matmul_precision(),
     )  # fmt: skip
-    wanted = os.environ.get(plan.ENVIRONMENT_VARIABLE, "auto")
-    choice = plan.choose(shape, plan.device_of(one.weight.device), most, wanted)
+    choice = plan.choose(shape, plan.device_of(one.weight.device), most, plan.wanted_plan())
     with _on_device_of(one.weight):
         if choice.tiles is None:
             launches = choice.launches * -(-one.rows // one.batch_size)
@@ -137,7 +142,7 @@ def _widths(layers: list[Layer]) -> tuple[int, ...]:
 
 def blocks_tiles(widths: list[int], batch_size: int, loss: int, momentum: bool, steps: float, x: Tensor) -> Any:
     """The tiles with which `sngd_blocks_` runs blocks of about `steps` steps in one launch, or None where it should not."""
-    wanted = os.environ.get(plan.ENVIRONMENT_VARIABLE, "auto")
+    wanted = plan.wanted_plan()
     if wanted not in ("auto", "persistent"):
         return None
     precision = torch.get_float32_matmul_precision()

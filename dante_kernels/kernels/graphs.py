@@ -1,10 +1,11 @@
 """Many launches, those of a pass or of several blocks, recorded as a CUDA graph when they come a second time, then replayed.
 
-What a graph bakes in is its key: the address, shape and strides of every tensor, every number, the precision switch and the
-stream. What may differ from call to call, the order of the rows and the learning rate, is copied into tensors of the
-graph's own first. A graph holds no tensor of the caller's: an address in the key belongs to a tensor that the caller
-passes now, whatever lay there when the graph was recorded. Its own memory (scratch, copies, results) lives as long as the
-graph, and the least recently used graphs go where there are more than `MOST_GRAPHS` or they take more than `MOST_BYTES`.
+What a graph bakes in is its key: the address, shape and strides of every tensor, every number, the precision switch, the
+plan that the environment names and the stream. What may differ from call to call, the order of the rows and the learning
+rate, is copied into tensors of the graph's own first. A graph holds no tensor of the caller's: an address in the key belongs
+to a tensor that the caller passes now, whatever lay there when the graph was recorded. Its own memory (scratch, copies,
+results) lives as long as the graph, and the least recently used graphs go where there are more than `MOST_GRAPHS` or they
+take more than `MOST_BYTES`.
 
 Any doubt means launch by launch: off a CUDA device, inside a capture of the caller's, in another thread meanwhile, with
 `DANTE_CUDA_GRAPHS=0`, beyond `MOST_LAUNCHES`, and for good after a recording that failed.
@@ -23,8 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import plan
+
 ENVIRONMENT_VARIABLE = "DANTE_CUDA_GRAPHS"
-MOST_GRAPHS = 64
+MOST_GRAPHS = 256
 MOST_BYTES = 2**30
 MOST_LAUNCHES = 2**16  # a node takes about a kilobyte of the host's memory, and of the device's
 
@@ -41,6 +44,14 @@ class Recording(NamedTuple):
     replay: Callable[[], None]
     results: Results
     bytes: int
+
+
+def switched_on() -> bool:
+    """What DANTE_CUDA_GRAPHS says; on where it is unset or empty."""
+    switch = os.environ.get(ENVIRONMENT_VARIABLE) or "1"
+    if switch not in ("0", "1"):
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected 0 or 1, got {switch!r}")
+    return switch == "1"
 
 
 class CudaRecorder:
@@ -137,16 +148,19 @@ class Graphs:
                 of the key. `function` must only read them.
             launches: about how many it makes.
         """
-        switch = os.environ.get(ENVIRONMENT_VARIABLE, "1")
-        if switch not in ("0", "1"):
-            raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected 0 or 1, got {switch!r}")
         place = None
-        if self.usable and switch == "1" and launches <= MOST_LAUNCHES:
+        if switched_on() and self.usable and launches <= MOST_LAUNCHES:
             place = self.recorder.place(next(tensor for tensor in changing if tensor is not None))
         if place is None or not self._lock.acquire(blocking=False):
             return function(*arguments)
         try:
-            key = (function, place, torch.get_float32_matmul_precision(), *_fingerprint(arguments, changing))
+            key = (
+                function,
+                place,
+                torch.get_float32_matmul_precision(),
+                plan.wanted_plan(),
+                *_fingerprint(arguments, changing),
+            )
             return self._run(key, function, arguments, changing)
         finally:
             self._lock.release()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "device_of",
     "persistent",
     "side_by_side",
+    "wanted_plan",
 ]
 
 
@@ -67,6 +69,10 @@ ONE_BARRIER_ROWS, ONE_BARRIER_UNITS, ONE_BARRIER_INPUTS = 32, 128, (64, 32)
 
 # A modelled time within this factor of the best is as good: the model is no better than that.
 NEAR = 1.15
+
+# So many times what replayed blocks take alone a round in one launch may take, since there several models share the launch; and
+# whether it does must not depend on how many there are.
+SHARED = 1.2
 
 
 def _from_l2(how: Persistent, models: int, device: Device) -> float:
@@ -156,8 +162,9 @@ def persistent(
     return max(good, key=lambda t: (most_programs // t.programs, -t.microseconds, t.num_warps), default=None)
 
 
+@functools.lru_cache(maxsize=1024)
 def blocks(shape: Shape, steps: float, most_programs: int, device: Device = H200, wanted: str = "auto") -> Persistent | None:
-    """The tiles with which blocks of `steps` steps, of two layers in turn, run in one launch, or None where that is slower.
+    """The tiles with which blocks of `steps` steps, of two layers in turn, run in one launch; None where that is far slower.
 
     `shape` is that of a pass of the first layer; the second one's input is float32 whatever x is. With `wanted` "persistent"
     they run so wherever they can.
@@ -173,7 +180,7 @@ def blocks(shape: Shape, steps: float, most_programs: int, device: Device = H200
     if both is None or None in alone or wanted == "persistent":
         return both
     in_turn = steps * sum(tiles.microseconds for tiles in alone if tiles) + 2 * device.block
-    return both if 2 * steps * both.microseconds < max(in_turn, 2 * device.host_block) else None
+    return both if 2 * steps * both.microseconds < SHARED * max(in_turn, 2 * device.host_block) else None
 
 
 # The plans that a pass may be given; `kernels.sngd_epochs_` runs them.
@@ -181,6 +188,12 @@ SERVED = ("persistent", "streamed", "fused", "library")
 
 # It names one of them, or auto.
 ENVIRONMENT_VARIABLE = "DANTE_GPU_PLAN"
+
+
+def wanted_plan() -> str:
+    """What the environment variable names; auto where it is unset or empty."""
+    return os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+
 
 # More programs than any device has: the layer's size then decides nothing.
 _PLENTY = 2**30

@@ -25,7 +25,7 @@ class Span(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A layer's turn: which of the two, the rows that it visits, pass by pass, and its rate."""
+    """A layer's turn: which one, the rows that it visits, pass by pass, and its rate."""
 
     layer: int
     rows: Sequence[Span]
@@ -211,7 +211,8 @@ class Round(NamedTuple):
     @property
     def changed(self) -> list[Tensor | None]:
         """What it writes to."""
-        return [t for layer in self.layers for t in layer[:2]] + [t for v in self.velocities for t in v]
+        active = {block.layer for block in self.blocks}
+        return [t for i in active for t in (*self.layers[i][:2], *self.velocities[i])]
 
 
 def sngd_blocks_(rounds: Sequence[Round]) -> list[tuple[Tensor, Tensor, Tensor] | Exception]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -57,11 +56,13 @@ class Explanation:
         samples_per_second: rows of a mini-batch over the modelled time of one step on every trained layer; None where
             nothing is trained. Modelled, not measured.
         blocks: the tiles with which `fit` runs a whole round of its default blocks in one launch; None where it does not.
+        replayed: whether passes and short blocks that are not one launch are replayed as CUDA graphs.
     """
 
     layers: tuple[LayerPlan, ...]
     samples_per_second: float | None
     blocks: plan.Persistent | None
+    replayed: bool
     heading: str
     served_by: str
 
@@ -143,13 +144,13 @@ def explain(
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     where = net.layers[0].weight.device if device is None else _device(device)
     try:
-        from ..kernels import plan
+        from ..kernels import graphs, plan
     except ModuleNotFoundError as error:
         raise ImportError("explain: expected triton, whose kernels the GPU plans are made of, got no such module") from error
 
     gpu = plan.device_of(where)
     switch = precision or torch.get_float32_matmul_precision()
-    widths, wanted = net.widths, os.environ.get(plan.ENVIRONMENT_VARIABLE, "auto")
+    widths, wanted = net.widths, plan.wanted_plan()
     layers = []
     for i, (n_in, n_out) in enumerate(pairwise(widths)):
         bias = net.layers[i].bias is not None
@@ -169,6 +170,7 @@ def explain(
         tuple(layers),
         batch * 1e6 / sum(times) if times else None,
         both,
+        graphs.switched_on(),
         f"{chain}, {loss}, batch {batch}, precision {switch}: modelled for {name}, not measured",
         _served_by(where, net.layers[0].weight.dtype),
     )

@@ -108,7 +108,7 @@ def fit(
 
     Returns:
         The `History`: records per block and per round. Interrupted from outside, such as by Ctrl-C, the model keeps the
-        weights of the last finished block; a checkpoint those of the last finished round.
+        weights of the last finished block, or call of several; a checkpoint those of the last finished round.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came; the model is unchanged then.

@@ -21,7 +21,8 @@ class BlockRecord:
         loss: mean over the steps of the mini-batch's loss before the step.
         norm_mean, norm_min, norm_max: of the gradient's Frobenius norm over the steps.
         weights_updated: weights changed since the start of training, each change counted.
-        seconds: of this block, the prefix's activations included.
+        seconds: of this block, the prefix's activations included; of blocks that are one call on a GPU, the call's, shared
+            out by their steps.
     """
 
     phase: int

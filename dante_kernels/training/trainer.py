@@ -26,7 +26,8 @@ Callback = Callable[[History], Any]
 STEPS_AT_ONCE = 256  # of blocks that are recorded and replayed in one call
 
 # Training that leaves its passes to whoever drives it. It yields the arguments of `ops.sngd_epoch_` by name, or a `Round`, and
-# is sent the result; None, and is sent None, before each block and each epoch of fine-tuning, where it may be left off.
+# is sent the result; None, and is sent None, before each block, or call of several, and each epoch of fine-tuning, where it may
+# be left off.
 T = TypeVar("T")
 Passes = Generator[dict[str, Any] | Round | None, Any, T]
 
@@ -86,10 +87,11 @@ def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
 
         return stop
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
+    stream = torch.cuda.current_stream(device)
+    first.record(stream)
 
     def stop_on_device() -> Callable[[], float]:
-        last.record()
+        last.record(stream)
         return lambda: first.elapsed_time(last) / 1000
 
     return stop_on_device
@@ -210,7 +212,7 @@ class Trainer:
         steps_per_pass = -(-self.x.shape[0] // self.settings.batch_size)
         lengths = self.settings.schedule.blocks(steps_per_pass)
         turns = [(layer, steps, steps) for steps in lengths for layer in phase.order if self.network.trainable[layer]]
-        launcher = self._block_launcher(phase, problem, sum(lengths) / len(lengths), max(lengths) < steps_per_pass)
+        launcher = self._block_launcher(phase, problem, lengths, steps_per_pass)
         # A recorded call has whole cycles of the layers' blocks, calls about as many each.
         cycles = max(1, STEPS_AT_ONCE * len(lengths) // max(1, sum(steps for _, steps, _ in turns)))
         at_once = len(turns) // len(lengths) * -(-len(lengths) // -(-len(lengths) // cycles))
@@ -228,21 +230,22 @@ class Trainer:
             done.append((yield from self._run_block(phase, problem, layer, steps, rates[layer], whole >= steps_per_pass)))
         return done
 
-    def _block_launcher(self, phase: Phase, problem: Problem, steps: float, short: bool) -> Launcher | None:
-        """What runs several blocks, of about so many steps, in one call; None where that cannot be, or is slower.
+    def _block_launcher(self, phase: Phase, problem: Problem, lengths: list[int], steps_per_pass: int) -> Launcher | None:
+        """What runs several blocks, of so many steps each, in one call; None where that cannot be, or is slower.
 
-        Blocks of a pass or more, which are not `short`, take a whole pass's activations, and are better apart. Behind an
+        Blocks of a pass or more take a whole pass's activations, and are better apart. Behind an
         encoder no round is one launch, whose bits are others, since the budget must not decide them.
         """
         settings, layers = self.settings, [self.network.layers[i] for i in phase.chain]
         if problem.encoder or problem.target is None or settings.direction not in directions.BY_KERNELS:
             return None
         launcher = block_launcher(
-            layers, problem.x, settings.batch_size, settings.loss, settings.momentum > 0, steps, settings.backend,
+            layers, problem.x, settings.batch_size, settings.loss, settings.momentum > 0,
+            sum(lengths) / len(lengths), settings.backend,
             not phase.encoder and all(self.network.trainable[i] for i in phase.chain),
         )  # fmt: skip
-        fits = problem.fits(layers[:-1], round(steps) * settings.batch_size)
-        return launcher if launcher is not None and (launcher.whole or (short and fits)) else None
+        apart = max(lengths) >= steps_per_pass or not problem.fits(layers[:-1], max(lengths) * settings.batch_size)
+        return None if launcher is None or (apart and not launcher.whole) else launcher
 
     def _run_blocks_at_once(
         self, launcher: Launcher, phase: Phase, problem: Problem, rates: list[float], turns: list[tuple[int, int]]

@@ -63,20 +63,24 @@ def test_settings_decide_as_they_do_in_training():
     assert narrow == full  # whose input is the hidden layer's result
 
 
-def test_a_round_that_is_one_launch_is_explained(monkeypatch):
-    assert "blocks of 20 steps, fit's default, are replayed from CUDA graphs of about 256 steps" in str(
-        dk.explain(net(784, 100, 10), 20)
-    )
-    monkeypatch.setenv("DANTE_GPU_PLAN", "persistent")
+def test_how_short_blocks_run_is_explained(monkeypatch):
     found = dk.explain(net(784, 100, 10), 20)
     groups = f"{found.blocks.split_out} x {found.blocks.split_in} programs, {found.blocks.microseconds:.1f} us a step"
     assert f"a round of blocks of 20 steps, fit's default, is one launch of {groups} of either layer" in str(found)
-    assert "one launch of" not in str(dk.explain(net(784, 400, 10), 20))
+    replayed = "blocks of 20 steps, fit's default, are replayed from CUDA graphs of about 256 steps"
+    for other in (net(784, 400, 10), net(784, 100, 100, 10)):
+        assert "one launch of" not in str(dk.explain(other, 20))
+        assert replayed in str(dk.explain(other, 20))
     frozen = net(784, 100, 10)
     frozen[0].requires_grad_(False)
     assert dk.explain(frozen, 20).blocks is None
     monkeypatch.setenv("DANTE_GPU_PLAN", "fused")
-    assert dk.explain(net(784, 100, 10), 20).blocks is None
+    assert replayed in str(dk.explain(net(784, 100, 10), 20))
+    monkeypatch.setenv("DANTE_CUDA_GRAPHS", "0")
+    assert "replayed" not in str(dk.explain(net(784, 100, 10), 20))
+    monkeypatch.setenv("DANTE_CUDA_GRAPHS", "7")
+    with pytest.raises(ValueError, match="DANTE_CUDA_GRAPHS: expected 0 or 1, got '7'"):
+        dk.explain(net(784, 100, 10), 20)
 
 
 def test_the_wanted_plan_is_explained(monkeypatch):

@@ -128,13 +128,38 @@ def test_replayed_blocks_have_the_bits_of_block_after_block(how, at_once, record
     assert torch.equal(ours, numbers(alone, train(alone, **how)))
 
 
+def test_another_plan_is_another_recording_and_a_wrong_name_an_error_as_ever(recorder, monkeypatch):
+    model, run, plans = net(6, 5, 4, 3), graphs.Graphs.run, []
+    monkeypatch.setattr(
+        graphs.Graphs, "run", lambda self, function, *rest: plans.append(function.__module__) or run(self, function, *rest)
+    )
+    for i, name in enumerate(("fused", "streamed", "fused")):
+        monkeypatch.setenv("DANTE_GPU_PLAN", name)
+        train(model)
+        assert (f"dante_kernels.kernels.{name}" in plans) == (i < 2)  # all of the last one are replays
+        plans.clear()
+    monkeypatch.setenv("DANTE_GPU_PLAN", "nonsense")
+    with pytest.raises(ValueError, match=r"DANTE_GPU_PLAN: expected one of auto, .*, got 'nonsense'"):
+        train(model)
+
+
+def test_autograd_is_told_that_weights_have_changed(recorder):
+    model = net(6, 5, 4, 3)
+    before = [p._version for p in model.parameters()]
+    train(model)
+    assert recorder.replayed
+    # Once a call: two that are not recorded yet, ten replays.
+    assert [p._version - version for p, version in zip(model.parameters(), before, strict=True)] == [4] * len(before)
+
+
 def test_a_layer_that_stays_frozen_has_no_blocks_and_no_change(recorder, monkeypatch):
     model = net(6, 5, 4, 3)
     model[2].requires_grad_(False)
-    alone, frozen = copy.deepcopy(model), model[2].weight.clone()
+    alone, frozen, version = copy.deepcopy(model), model[2].weight.clone(), model[2].weight._version
     ours = numbers(model, train(model, momentum=0.9))
     assert recorder.replayed
     assert torch.equal(model[2].weight, frozen)
+    assert model[2].weight._version == version
     monkeypatch.setattr(Trainer, "_block_launcher", lambda *args: None)
     assert torch.equal(ours, numbers(alone, train(alone, momentum=0.9)))
 
@@ -142,7 +167,7 @@ def test_a_layer_that_stays_frozen_has_no_blocks_and_no_change(recorder, monkeyp
 @pytest.mark.parametrize(
     "apart",
     [
-        {"prefix_budget": 5 * 10 * 4 - 1},  # bytes of two mini-batches' activations, but one
+        {"prefix_budget": 5 * 15 * 4 - 1, "schedule": dk.RoundRobin(rounds=2, inner_epochs=1, inner_steps=3)},  # a byte too few
         {"schedule": dk.RoundRobin(rounds=2)},
         {"direction": "sgd"},
     ],
