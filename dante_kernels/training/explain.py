@@ -85,7 +85,7 @@ class Explanation:
         if self.blocks is not None:
             groups = f"{self.blocks.split_out} x {self.blocks.split_in} programs, {self.blocks.microseconds:.1f} us a step"
             rate.append(f"a round of blocks of {INNER_STEPS} steps, fit's default, is one launch of {groups} of either layer")
-        elif rate:
+        elif rate and self.replayed:
             rate.append(
                 f"blocks of {INNER_STEPS} steps, fit's default, are replayed from CUDA graphs of about {STEPS_AT_ONCE} steps"
             )
