@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dante_kernels as dk
+from dante_kernels import kernels
 from dante_kernels.kernels import graphs, launcher
 from dante_kernels.training import trainer
 from dante_kernels.training.trainer import Trainer
@@ -141,6 +143,23 @@ def test_another_plan_is_another_recording_and_a_wrong_name_an_error_as_ever(rec
     monkeypatch.setenv("DANTE_GPU_PLAN", "nonsense")
     with pytest.raises(ValueError, match=r"DANTE_GPU_PLAN: expected one of auto, .*, got 'nonsense'"):
         train(model)
+
+
+def test_blocks_are_recorded_on_the_device_of_their_tensors(recorder, monkeypatch):
+    inside = []
+
+    @contextlib.contextmanager
+    def on_device_of(tensor):
+        inside.append(tensor.device)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(kernels, "_on_device_of", on_device_of)
+    placed, place = [], Recorder.place
+    monkeypatch.setattr(Recorder, "place", lambda self, tensor: placed.append(bool(inside)) or place(self, tensor))
+    train(net(6, 5, 4, 3))
+    assert placed
+    assert all(placed)
 
 
 def test_autograd_is_told_that_weights_have_changed(recorder):
