@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def _rows(pixels: Array) -> Tensor:
     return torch.from_numpy(pixels.reshape(len(pixels), -1).astype(np.float32)).div_(255)
 
 
+def _read(path: Path, read: Callable[[BytesIO], Any], what: str) -> Any:
+    content = BytesIO(path.read_bytes())
+    try:
+        return read(content)
+    except Exception as error:  # of a damaged file scipy and pillow raise whatever comes up
+        raise ValueError(f"{path}: expected {what}, got another or a damaged file ({error})") from error
+
+
 def _cifar10(directory: Path, rows: int | None) -> Dataset:
     paths = _there(*(directory / f"data_batch_{i}.bin" for i in range(1, 6)), directory / "test_batch.bin")
     parts = []
@@ -76,13 +85,14 @@ def _svhn(directory: Path, rows: int | None) -> Dataset:
     io = require("scipy.io", "sklearn", "reading SVHN")
     parts: list[Tensor] = []
     for path in paths:
-        try:
-            content = io.loadmat(path)
-            pixels, labels = content["X"], content["y"].ravel()
-        except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-            raise ValueError(f"{path}: expected a MATLAB file with X and y, got another ({error})") from error
-        if pixels.shape != (32, 32, 3, len(labels)):
-            raise ValueError(f"{path}: expected X of 32 x 32 x 3 x {len(labels)}, got {pixels.shape}")
+        content = _read(path, io.loadmat, "a MATLAB file with X and y")
+        if not {"X", "y"} <= content.keys():
+            raise ValueError(f"{path}: expected a MATLAB file with X and y, got {', '.join(content) or 'nothing'}")
+        pixels, labels = content["X"], content["y"].ravel()
+        if pixels.shape != (32, 32, 3, len(labels)) or pixels.dtype != np.uint8:
+            raise ValueError(f"{path}: expected X of 32 x 32 x 3 x {len(labels)} bytes, got {pixels.dtype} of {pixels.shape}")
+        if not np.isin(labels, range(1, 11)).all():
+            raise ValueError(f"{path}: expected labels from 1 to 10, got {labels[~np.isin(labels, range(1, 11))][0]}")
         parts += [_rows(pixels.transpose(3, 2, 0, 1)), torch.from_numpy(labels.astype(np.int64) % 10)]  # 10 is the digit 0
     x_train, y_train, x_test, y_test = parts
     return Dataset(x_train, y_train, x_test, y_test, 10, "svhn")
@@ -111,8 +121,7 @@ def _pictures(files: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
     images = require("PIL.Image", "bench", "reading Tiny ImageNet")
     x = np.empty((len(files), 3, 64, 64), np.uint8)
     for row, (path, _) in enumerate(files):
-        with images.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
+        pixels = _read(path, lambda file: np.asarray(images.open(file).convert("RGB")), "a picture")
         if pixels.shape != (64, 64, 3):
             raise ValueError(f"{path}: expected 64 x 64 pixels, got {pixels.shape[1]} x {pixels.shape[0]}")
         x[row] = pixels.transpose(2, 0, 1)

@@ -60,15 +60,50 @@ def test_svhn_counts_its_tens_as_zeros(tmp_path):
     assert torch.cat([split.y_train, split.y_test]).tolist() == [0, 1, 2, 0, 9]
 
 
-@pytest.mark.parametrize("content", [{"X": np.zeros((32, 32, 3, 2)), "y": np.ones((3, 1))}, {"Z": np.ones(1)}, None])
-def test_a_wrong_svhn_file_is_refused_by_name(tmp_path, content):
+X = np.zeros((32, 32, 3, 2), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"X": X, "y": np.ones((3, 1))}, r"expected X of 32 x 32 x 3 x 3 bytes, got uint8 of \(32, 32, 3, 2\)"),
+        ({"X": X / 255, "y": np.ones((2, 1))}, "expected X of 32 x 32 x 3 x 2 bytes, got float64"),
+        ({"X": X, "y": np.array([[1.0], [1.5]])}, "expected labels from 1 to 10, got 1.5"),
+        ({"X": X, "y": np.array([[0], [1]])}, "expected labels from 1 to 10, got 0"),
+        ({"X": X}, "expected a MATLAB file with X and y, got .*X"),
+    ],
+)
+def test_a_svhn_file_of_other_content_is_refused_by_name(tmp_path, content, says):
     io = pytest.importorskip("scipy.io")
     for name in ("train", "test"):
-        path = tmp_path / f"{name}_32x32.mat"
-        path.write_bytes(b"no MATLAB file, but long enough to have a header" * 10) if content is None else io.savemat(
-            path, content
-        )
-    with pytest.raises(ValueError, match=r"train_32x32\.mat: expected"):
+        io.savemat(tmp_path / f"{name}_32x32.mat", content)
+    with pytest.raises(ValueError, match=rf"train_32x32\.mat: {says}"):
+        data_colour.load_colour("svhn", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:60],
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-10],
+        lambda content: content[:300] + bytes(byte ^ 0x5A for byte in content[300:400]) + content[400:],
+        lambda content: b"no MATLAB file, but long enough to have a header" * 10,
+        lambda content: b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM" + b"x" * 100,
+    ],
+    ids=["empty", "header", "half", "end", "bytes", "other", "version 7.3"],
+)
+def test_a_damaged_svhn_file_is_refused_by_name(tmp_path, damage):
+    io = pytest.importorskip("scipy.io")
+    path = tmp_path / "train_32x32.mat"
+    pictures = pixels(2, 32).transpose(2, 3, 1, 0)
+    for name in ("train", "test"):
+        io.savemat(tmp_path / f"{name}_32x32.mat", {"X": pictures, "y": np.ones((2, 1))}, do_compression=True)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(
+        ValueError, match=r"train_32x32\.mat: expected a MATLAB file with X and y, got another or a damaged file"
+    ):
         data_colour.load_colour("svhn", tmp_path)
 
 
@@ -102,6 +137,13 @@ def test_wrong_tiny_imagenet_files_are_refused_by_name(tmp_path):
     write_tiny_imagenet(tmp_path)
     images.new("RGB", (32, 64)).save(tmp_path / "train" / "n02" / "images" / "a.JPEG")
     with pytest.raises(ValueError, match=r"a\.JPEG: expected 64 x 64 pixels, got 32 x 64"):
+        data_colour.load_colour("tiny-imagenet", tmp_path)
+    path = tmp_path / "train" / "n02" / "images" / "b.JPEG"
+    path.write_bytes(path.read_bytes()[:-40])
+    (tmp_path / "train" / "n02" / "images" / "a.JPEG").unlink()
+    with pytest.raises(
+        ValueError, match=r"b\.JPEG: expected a picture, got another or a damaged file \(image file is truncated"
+    ):
         data_colour.load_colour("tiny-imagenet", tmp_path)
     (tmp_path / "val" / "val_annotations.txt").write_text("0.JPEG\tn99\n")
     with pytest.raises(ValueError, match=r"val_annotations\.txt: expected a picture and its class, got '0\.JPEG\\tn99'"):
