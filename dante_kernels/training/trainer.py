@@ -213,14 +213,15 @@ class Trainer:
         lengths = self.settings.schedule.blocks(steps_per_pass)
         turns = [(layer, steps, steps) for steps in lengths for layer in phase.order if self.network.trainable[layer]]
         launcher = self._block_launcher(phase, problem, lengths, steps_per_pass)
-        # A recorded call has whole cycles of the layers' blocks, calls about as many each.
-        cycles = max(1, STEPS_AT_ONCE * len(lengths) // max(1, sum(steps for _, steps, _ in turns)))
-        at_once = len(turns) // len(lengths) * -(-len(lengths) // -(-len(lengths) // cycles))
+        at_once = len(turns)
+        if launcher is not None and not launcher.whole:
+            # Each call has whole cycles, a block of each layer, and as many of them as the others.
+            calls = -(-sum(steps for _, steps, _ in turns) // STEPS_AT_ONCE)
+            at_once = len(turns) // len(lengths) * -(-len(lengths) // min(calls, len(lengths)))
         if until is not None:
             turns = [*turns[: until[0]], *([(turns[until[0]][0], until[1], turns[until[0]][1])] if until[1] else [])]
         done = []
         if launcher is not None:
-            at_once = max(1, len(turns)) if launcher.whole else at_once
             for first in range(0, len(turns), at_once):
                 yield None
                 some = [turn[:2] for turn in turns[first : first + at_once]]
@@ -233,8 +234,8 @@ class Trainer:
     def _block_launcher(self, phase: Phase, problem: Problem, lengths: list[int], steps_per_pass: int) -> Launcher | None:
         """What runs several blocks, of so many steps each, in one call; None where that cannot be, or is slower.
 
-        Blocks of a pass or more take a whole pass's activations, and are better apart. Behind an
-        encoder no round is one launch, whose bits are others, since the budget must not decide them.
+        Blocks of a pass or more take a whole pass's activations, and are better apart. Behind an encoder no round is one
+        launch, whose bits are others, since the budget must not decide them.
         """
         settings, layers = self.settings, [self.network.layers[i] for i in phase.chain]
         if problem.encoder or problem.target is None or settings.direction not in directions.BY_KERNELS:
