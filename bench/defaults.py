@@ -30,11 +30,16 @@ from dante_kernels.reproduce import runs
 from dante_kernels.reproduce.problems import Problem
 
 from . import defaults_long, defaults_uci
-from .defaults_rows import ROWS, Row, best, case, key, of, read
+from .defaults_rows import ROWS, Row, best, case, for_fit, key, of, read, usual
 
 EPOCHS, BATCH = 8, 100
 ONE, TWO, THREE, FIVE = "784-100-10", "784-400-200-10", "784-400-200-100-10", "784-600-400-200-100-50-10"
-DANTE_RATES = {"leaky_relu": (0.001, 0.002, 0.003, 0.005), "sigmoid": (0.001, 0.002, 0.003, 0.005)}
+DANTE_RATES = {
+    ("leaky_relu", "mse"): (0.0028, 0.004, 0.0056),
+    ("leaky_relu", "cross_entropy"): (0.0035, 0.005, 0.007),
+    ("sigmoid", "mse"): (0.0021, 0.003, 0.0042),
+    ("sigmoid", "cross_entropy"): (0.0021, 0.003, 0.0042),
+}
 SGD_RATES = {
     ("leaky_relu", "mse"): (0.1, 0.3, 1.0, 3.0),
     ("leaky_relu", "cross_entropy"): (0.01, 0.03, 0.1, 0.3),
@@ -48,11 +53,7 @@ GRIDS = [
     ("mnist", FIVE, "leaky_relu", "mse"),
 ]
 # Rates beyond a grid whose edge was the best.
-BEYOND = [
-    *((("fashion-mnist", net, "leaky_relu", "cross_entropy"), rate) for net in (ONE, THREE) for rate in (0.008, 0.012)),
-    *((("fashion-mnist", ONE, "leaky_relu", "mse"), rate) for rate in (0.008, 0.012)),
-    (("mnist", THREE, "leaky_relu", "cross_entropy"), 0.0005),
-]
+BEYOND: list[tuple[tuple[str, str, str, str], float]] = []
 # Nets that the papers have beside them; with these DANTE's rate was not searched at all, nor SGD's but for the better of two.
 MORE_NETS = [("mnist", net, "leaky_relu", "mse") for net in ("784-250-10", "784-600-10", "784-100-100-10")]
 # All others of the papers' nets, with either data, activation and loss, of six layers with leaky ReLU only. With these only
@@ -68,7 +69,8 @@ EVERY_NET += [
     ("fashion-mnist", FIVE, "leaky_relu", "mse"),
     *((data_set, FIVE, "leaky_relu", "cross_entropy") for data_set in ("mnist", "fashion-mnist")),
 ]
-# One setting changed at a time, with the rate that it then takes; plain SGD's is for cross-entropy.
+# One setting changed at a time from heavy ball at 0.003 without a bound, with the rate that it then takes; plain SGD's is for
+# cross-entropy.
 VARIANTS: list[tuple[float, Row]] = [
     (0.003, {"output_rate": 0.3}),
     (0.003, {"output_rate": 0.1}),
@@ -116,10 +118,14 @@ class OutputFirst(dk.RoundRobin):
 
 def cases() -> Iterator[Row]:
     """All trainings: the grids of rates, more seeds, and the variants; SGD's further seeds once its rates have rows."""
+    for grid in (*MORE_NETS, *GRIDS, *EVERY_NET):
+        rate, settings = usual(*grid[2:])
+        yield from (case(*grid, "dante", rate, seed, **settings) for seed in range(3))
     for grid in GRIDS:
-        yield from (case(*grid, "dante", rate, 0) for rate in DANTE_RATES[grid[2]])
+        _, settings = usual(*grid[2:])
+        yield from (case(*grid, "dante", rate, 0, **settings) for rate in DANTE_RATES[grid[2:]])
         yield from (case(*grid, "sgd", rate, 0) for rate in SGD_RATES[grid[2], grid[3]])
-    yield from (case(*grid, "dante", rate, 0) for grid, rate in BEYOND)
+    yield from (case(*grid, "dante", rate, 0, **usual(*grid[2:])[1]) for grid, rate in BEYOND)
     for _, net, *_ in (*MORE_NETS, *GRIDS[:3]):
         yield from (case("mnist", net, "leaky_relu", "mse", "dante", 0.003, seed) for seed in range(3))
         yield from (case("mnist", net, "leaky_relu", "mse", "sgd", rate, seed) for rate in (0.3, 1.0) for seed in range(3))
@@ -132,12 +138,31 @@ def cases() -> Iterator[Row]:
             yield from (case(*grid, "sgd", best(searched, 0), seed) for seed in range(3))
     for net, loss, (rate, change) in itertools.product((ONE, THREE), ("mse", "cross_entropy"), VARIANTS):
         yield case("mnist", net, "leaky_relu", loss, "dante", rate, 0, **change)
+    for net, loss in itertools.product((ONE, THREE), ("mse", "cross_entropy")):
+        for rate, settings in changes_of_usual(loss).values():
+            yield case("mnist", net, "leaky_relu", loss, "dante", rate, 0, **settings)
     yield from defaults_long.cases(rows)
     yield from defaults_uci.cases()
 
 
+def changes_of_usual(loss: str) -> dict[str, tuple[float, Row]]:
+    """Changes of what `dk.fit` takes for leaky ReLU, by what the table calls them, as rate and settings."""
+    rate, settings = usual("leaky_relu", loss)
+    return {
+        "nothing": (rate, settings),
+        "no bound": (rate, {"direction": "nesterov"}),
+        "half of the bound": (rate, settings | {"max_norm": "half"}),
+        "twice the bound": (rate, settings | {"max_norm": "twice"}),
+        "heavy ball": (rate, {"max_norm": "usual"}),
+        "lr=0.003": (0.003, settings),
+        "inner_steps=5": (rate, settings | {"inner_steps": 5}),
+        "inner_steps=60": (rate, settings | {"inner_steps": 60}),
+        "lr_schedule='warm-up'": (rate, settings | {"lr_schedule": "warm-up"}),
+    }
+
+
 def grid_of(grid: tuple[str, str, str, str]) -> Row:
-    """What all trainings of one of `GRIDS` share."""
+    """What trainings of one of `GRIDS` with no settings of their own share."""
     return dict(zip(("data", "net", "activation", "loss", "settings"), (*grid, {}), strict=True))
 
 
@@ -158,7 +183,7 @@ def train(row: Row, split: data.Dataset) -> Row:
         )
         return row | {name: found.get(name) for name in names}
     model, start = runs.build(widths, activation, activation if loss == "mse" else "identity", row["seed"]), time.process_time()
-    settings = {"relative_lr": True, "momentum": 0.9, **row["settings"]}
+    settings = {"relative_lr": True, "momentum": 0.9, **for_fit(row["settings"], len(widths) - 2, loss)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(row["seed"])
         initialise = INITIALISATIONS.get(settings.pop("initialisation", ""), lambda weight: None)
@@ -196,7 +221,7 @@ def tables() -> str:
         """The best rate, marked where it stands at the edge, and of how many."""
         rates = sorted({row["rate"] for row in side})
         rate = best(side, 0)
-        return f"{rate:g}{'!' * (rate in (rates[0], rates[-1]))} of {len(rates)}"
+        return f"{rate:g}{'!' * (rate in rates[:1] + rates[-1:])} of {len(rates)}"
 
     def shown(found: list[Row], seeds: int = 1) -> str:
         if len(found) < seeds:
@@ -207,28 +232,42 @@ def tables() -> str:
         ends = (f"{statistics.mean(v):.{n}f} ± {statistics.stdev(v):.{n}f}" for v, n in ((losses, 5), (hits, 2)))
         return " / ".join(ends) + " %"
 
-    head = "| data, net | activation, loss | DANTE at 0.003 | DANTE's best rate | SGD's best rate |"
+    def of_grid(grid: tuple[str, str, str, str], method: str, settings: Row) -> list[Row]:
+        return of(rows, **grid_of(grid) | {"settings": settings}, method=method)
+
+    head = "| data, net | activation, loss | DANTE with nothing set | DANTE's best rate | SGD's best rate |"
     lines = [head, "| --- " * 5 + "|"]
     for grid in GRIDS:
-        ours, theirs = (of(rows, **grid_of(grid), seed=0, method=method) for method in ("dante", "sgd"))
+        usual_rate, settings = usual(*grid[2:])
+        ours, theirs = of(of_grid(grid, "dante", settings), seed=0), of(of_grid(grid, "sgd", {}), seed=0)
         ends = [f"{chosen(side)}: {shown(of(side, rate=best(side, 0)))}" for side in (ours, theirs)]
-        default = shown(of(ours, rate=0.003))
+        default = shown(of(ours, rate=usual_rate))
         lines.append(f"| {grid[0]} {grid[1]} | {grid[2]}, {grid[3]} | {default} | {ends[0]} | {ends[1]} |")
-    lines += ["", "| seeds 0 to 2 | activation, loss | DANTE at 0.003 | SGD's best rate |", "| --- " * 4 + "|"]
-    for data_set, net, activation, loss in (*MORE_NETS, *GRIDS, *EVERY_NET):
-        ours, theirs = (of(rows, **grid_of((data_set, net, activation, loss)), method=method) for method in ("dante", "sgd"))
+    head = "| seeds 0 to 2 | activation, loss | DANTE with nothing set | SGD's best rate | heavy ball at 0.003, no bound |"
+    lines += ["", head, "| --- " * 5 + "|"]
+    for grid in (*MORE_NETS, *GRIDS, *EVERY_NET):
+        (usual_rate, settings), theirs = usual(*grid[2:]), of_grid(grid, "sgd", {})
         whole = [row for row in theirs if len(of(theirs, rate=row["rate"])) == 3]
         rate = best(whole, 0)
-        cells = f"{shown(of(ours, rate=0.003), 3)} | {rate:g}: {shown(of(whole, rate=rate), 3)}"
-        lines.append(f"| {data_set} {net} | {activation}, {loss} | {cells} |")
-    changes = [(0.003, {}), *VARIANTS]
+        ours = shown(of(of_grid(grid, "dante", settings), rate=usual_rate), 3)
+        plain = shown(of(of_grid(grid, "dante", {}), rate=0.003), 3)
+        cells = f"{ours} | {rate:g}: {shown(of(whole, rate=rate), 3)} | {plain}"
+        lines.append(f"| {grid[0]} {grid[1]} | {grid[2]}, {grid[3]} | {cells} |")
     columns = [(net, loss) for net in (ONE, THREE) for loss in ("mse", "cross_entropy")]
-    lines += ["", "| changed | " + " | ".join(f"{net}, {loss}" for net, loss in columns) + " |", "| --- " * 5 + "|"]
-    for rate, change in changes:
+    of_columns = " | ".join(f"{net}, {loss}" for net, loss in columns)
+    lines += ["", f"| changed | {of_columns} |", "| --- " * 5 + "|"]
+    for name in changes_of_usual("mse"):
+        cells = []
+        for net, loss in columns:
+            rate, settings = changes_of_usual(loss)[name]
+            cells.append(shown(of(of_grid(("mnist", net, "leaky_relu", loss), "dante", settings), rate=rate, seed=0)))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", f"| changed from heavy ball at 0.003, no bound | {of_columns} |", "| --- " * 5 + "|"]
+    for rate, change in [(0.003, {}), *VARIANTS]:
         name = ", ".join(f"{k}={v!r}" for k, v in change.items()) or "nothing"
         same = {"data": "mnist", "activation": "leaky_relu", "method": "dante", "seed": 0, "rate": rate, "settings": change}
-        cells = " | ".join(shown(of(rows, **same, net=net, loss=loss)) for net, loss in columns)
-        lines.append(f"| {name}{'' if rate == 0.003 else f', rate {rate:g}'} | {cells} |")
+        cells = [shown(of(rows, **same, net=net, loss=loss)) for net, loss in columns]
+        lines.append(f"| {name}{'' if rate == 0.003 else f', rate {rate:g}'} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", defaults_long.tables(rows), "", defaults_uci.table(rows)])
 
 

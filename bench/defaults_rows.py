@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from dante_kernels.training import directions
+
 ROWS = Path(__file__).parent / "results" / "defaults.jsonl"
 NAMES = ("data", "net", "activation", "loss", "method", "rate", "seed", "settings")  # what tells trainings apart
 Row = dict[str, Any]
@@ -15,6 +17,22 @@ Row = dict[str, Any]
 def case(*values: Any, **settings: Any) -> Row:
     """A training that is still to be made: the values of `NAMES` but the last, and what is changed."""
     return dict(zip(NAMES, (*values, settings), strict=True))
+
+
+def usual(activation: str, loss: str) -> tuple[float, Row]:
+    """The rate and the settings that `dk.fit` takes for classes where nothing is given."""
+    if activation != "leaky_relu":
+        return directions.RELATIVE_LR_ELSEWHERE, {"direction": "nesterov"}
+    rate = directions.RELATIVE_LR_MSE if loss == "mse" else directions.RELATIVE_LR_CROSS_ENTROPY
+    return rate, {"direction": "nesterov", "max_norm": "usual"}
+
+
+def for_fit(settings: Row, hidden: int, loss: str) -> Row:
+    """A row's settings with max_norm, which it has as a part of the usual one, as the number."""
+    if "max_norm" not in settings:
+        return settings
+    part = {"half": 0.5, "usual": 1.0, "twice": 2.0}[settings["max_norm"]]
+    return settings | {"max_norm": part * directions.usual_max_norm(hidden, loss)}
 
 
 def read() -> list[Row]:

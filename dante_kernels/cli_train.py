@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .activations import Activation
     from .data import Dataset
     from .training import History
+    from .training.directions import Steps
     from .training.schedules import Schedule
 
 SCHEDULES = ("round-robin", "alternating")
@@ -57,7 +58,7 @@ def train(
         float | None,
         typer.Option(
             help="learning rate: the length of a step in weight space, or torch's own with its optimizers",
-            show_default="0.003 of the layer's norm, with momentum 0.9",
+            show_default="0.003 to 0.005 of the layer's norm, with momentum 0.9",
         ),
     ] = None,
     lr_schedule: Annotated[str, typer.Option(help="constant or cosine")] = "cosine",
@@ -66,8 +67,18 @@ def train(
         float | None, typer.Option(help="momentum, from 0 to below 1", show_default="0.9, or 0 with --lr")
     ] = None,
     direction: Annotated[
-        str, typer.Option(help="sngd, nesterov, or one of torch's optimizers: sgd, adam, adagrad, rmsprop")
-    ] = "sngd",
+        str | None,
+        typer.Option(
+            help="sngd, nesterov, or one of torch's optimizers: sgd, adam, adagrad, rmsprop",
+            show_default="nesterov, or sngd with --lr or --momentum 0",
+        ),
+    ] = None,
+    max_norm: Annotated[
+        float | None,
+        typer.Option(
+            help="bound on a layer's norm a unit after a round", show_default="by the depth; none with --lr, sigmoid or tanh"
+        ),
+    ] = None,
     schedule: Annotated[str, typer.Option(help="round-robin, or alternating for one hidden layer")] = "round-robin",
     seed: Annotated[int, typer.Option(help="of the initial weights and of the shuffling")] = 0,
     backend: Annotated[str, typer.Option(help="auto, reference, cpp or triton")] = "auto",
@@ -94,11 +105,13 @@ def train(
             raise UsageError("--data-dir: digits come with scikit-learn; it goes with the other data sets")
         expect(activation in activations.NAMES, "--activation", f"one of {', '.join(activations.NAMES)}", activation)
         expect(loss in losses.CODES, "--loss", f"one of {', '.join(losses.CODES)}", loss)
-        lr, relative_lr, momentum = _settled(lr, relative_lr, momentum, direction)
-        expect(math.isfinite(lr) and lr > 0, "--lr", "a finite number above 0", lr)
+        between = activations.NAMES[activation]
+        by = _settled(lr, relative_lr, momentum, direction, max_norm, [between] * len(widths), loss)
+        expect(math.isfinite(by.lr) and by.lr > 0, "--lr", "a finite number above 0", by.lr)
         expect(lr_schedule in LR_SCHEDULES, "--lr-schedule", " or ".join(LR_SCHEDULES), lr_schedule)
         expect(batch >= 1, "--batch-size", "at least 1", batch)
-        expect(0 <= momentum < 1, "--momentum", "a number from 0 to below 1", momentum)
+        expect(0 <= by.momentum < 1, "--momentum", "a number from 0 to below 1", by.momentum)
+        expect(by.max_norm > 0, "--max-norm", "a number above 0", by.max_norm)
         expect(0 <= seed < 2**63, "--seed", "a number from 0 to 2^63 - 1", seed)
         if inner_epochs is None:
             inner_epochs, inner_steps = 1.0, INNER_STEPS if inner_steps is None else inner_steps
@@ -118,11 +131,11 @@ def train(
         if rounds is None:
             turns["rounds"] = default_rounds(len(split.x_train), batch)
         hidden_layers, widths = len(widths), [split.x_train.shape[1], *widths, split.classes]
-        between = activations.NAMES[activation]
         last = between if loss == "mse" else None
         model = _build(widths, between, last, seed, bias=not no_bias)
-        steps = {"lr": lr, "lr_schedule": lr_schedule, "relative_lr": relative_lr, "batch_size": batch, "momentum": momentum}
-        settings = {"loss": loss, **steps, "direction": direction, "seed": seed, "backend": backend}
+        bound = None if math.isinf(by.max_norm) else by.max_norm  # JSON has no infinity; `fit` takes None so, beside lr
+        steps = {**by._asdict(), "max_norm": bound, "lr_schedule": lr_schedule, "batch_size": batch}
+        settings = {"loss": loss, **steps, "seed": seed, "backend": backend}
         shape = "-".join(map(str, widths))
         if not quiet:
             rows = f"{len(split.x_train):,} training and {len(split.x_test):,} test rows"
@@ -180,16 +193,24 @@ def _schedule(name: str, settings: dict[str, Any], hidden: int) -> Schedule:
         raise UsageError(naming_the_option(str(error))) from error
 
 
-def _settled(lr: float | None, relative_lr: bool, momentum: float | None, direction: str) -> tuple[float, bool, float]:
+def _settled(
+    lr: float | None,
+    relative_lr: bool,
+    momentum: float | None,
+    direction: str | None,
+    max_norm: float | None,
+    hidden: list[Activation],
+    loss: str,
+) -> Steps:
     """The step's settings, those not given as `fit` takes them."""
     from .training import directions
 
     try:
-        lr, relative_lr, momentum = directions.settled(lr, relative_lr or None, momentum, direction)
-        directions.check(direction, momentum)
+        found = directions.settled(lr, relative_lr or None, momentum, direction, max_norm, hidden, loss, classes=True)
+        directions.check(found.direction, found.momentum)
     except ValueError as error:
         raise UsageError(naming_the_option(str(error))) from error
-    return lr, relative_lr, momentum
+    return found
 
 
 def _check_backend(backend: str, device: Device) -> None:

@@ -1,10 +1,12 @@
 """The study of the defaults: what its rows over small tables are of, and which of its trainings it chooses."""
 
+import pytest
 from support_reproduce import write_ccpp
 
 import dante_kernels as dk
-from bench import defaults_long, defaults_uci
-from bench.defaults_rows import case
+from bench import defaults, defaults_long, defaults_uci
+from bench.defaults_rows import case, usual
+from dante_kernels import data
 from dante_kernels.reproduce import problems, runs
 
 CCPP = ("ccpp", "4-100-1", "leaky_relu", "mse")
@@ -12,7 +14,7 @@ CCPP = ("ccpp", "4-100-1", "leaky_relu", "mse")
 
 def test_a_small_table_at_the_default_rate_is_fit_with_nothing_set(tmp_path):
     write_ccpp(tmp_path)
-    row = defaults_uci.train(case(*CCPP, "dante", 0.003, 1), tmp_path)
+    row = defaults_uci.train(case(*CCPP, "dante", 0.004, 1, **defaults_uci.SETTINGS["dante"]), tmp_path)
     problem = problems.load(problems.Spec("ccpp", split=1), tmp_path)
     model = runs.build((4, 100, 1), "leaky_relu", "identity", 1)
     dk.fit(model, problem.x, problem.y, seed=1)
@@ -29,6 +31,20 @@ def test_a_rate_that_diverges_with_one_split_is_not_the_best():
         for seed, loss in enumerate(losses)
     ]
     assert "0.03: 0.2 ± 0" in defaults_uci.table(rows)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@pytest.mark.parametrize("activation", ["leaky_relu", "sigmoid"])
+def test_the_usual_settings_are_those_of_fit_with_nothing_set(monkeypatch, activation, loss):
+    monkeypatch.setattr(defaults, "EPOCHS", 2)
+    digits = data.load_digits()
+    rate, settings = usual(activation, loss)
+    row = defaults.train(case("digits", "64-30-30-10", activation, loss, "dante", rate, 0, **settings), digits)
+    model = runs.build((64, 30, 30, 10), activation, activation if loss == "mse" else "identity", 0)
+    kept = len(digits.x_train) * 5 // 6
+    blocks = dk.RoundRobin(rounds=2, inner_epochs=1, inner_steps=20)
+    dk.fit(model, digits.x_train[:kept], digits.y_train[:kept], loss=loss, schedule=blocks)
+    assert row["test_loss"] == runs.evaluate(model, digits.x_test, digits.y_test, loss)[0]
 
 
 def test_a_longer_training_is_chosen_by_the_held_out_accuracy():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +14,18 @@ from torch.optim.rmsprop import rmsprop
 from torch.optim.sgd import sgd
 
 from .. import ops
+from ..activations import Activation
 from ..ops import Layer
+from ..ops.checks import number
 from .problem import forward, mean_loss
 
 BY_KERNELS = ("sngd", "nesterov")  # `ops.sngd_epoch_` takes their steps
 WITHOUT_MOMENTUM = ("adam", "adagrad", "rmsprop")
 NAMES = (*BY_KERNELS, "sgd", *WITHOUT_MOMENTUM)
-RELATIVE_LR, MOMENTUM = 0.003, 0.9  # what the kernels' directions take where no lr is given
+# What the kernels' directions take where no lr is given: the rate with MSE and with cross-entropies where all hidden layers are
+# generalized ReLUs, and that where they are not.
+RELATIVE_LR_MSE, RELATIVE_LR_CROSS_ENTROPY, RELATIVE_LR_ELSEWHERE, MOMENTUM = 0.004, 0.005, 0.003, 0.9
+GROWTH = 4.0  # how much a layer may grow then beside one other, from torch's initial weights
 
 
 def check(direction: str, momentum: float) -> None:
@@ -36,19 +42,57 @@ def check(direction: str, momentum: float) -> None:
         raise ValueError(f"momentum: expected 0 with direction={direction!r}, got {momentum}")
 
 
-def settled(lr: Any, relative_lr: bool | None, momentum: float | None, direction: str) -> tuple[Any, bool, float]:
-    """`fit`'s lr, relative_lr and momentum, where they are not given by what goes together; docs/defaults.md has the reasons.
+class Steps(NamedTuple):
+    """`fit`'s arguments of these names, settled."""
+
+    lr: Any
+    relative_lr: bool
+    momentum: float
+    direction: str
+    max_norm: float
+
+
+def settled(
+    lr: Any,
+    relative_lr: bool | None,
+    momentum: float | None,
+    direction: str | None,
+    max_norm: float | None,
+    hidden: Sequence[Activation],
+    loss: str,
+    classes: bool,
+) -> Steps:
+    """Where they are not given, what goes together; docs/defaults.md has the reasons.
+
+    `hidden` are the activations before the last layer's; `classes` says that the target holds class indices.
 
     Raises:
         ValueError: where lr is missing and cannot be settled.
     """
+    by_relus = bool(hidden) and all(activation.kind == "generalized_relu" for activation in hidden)
+    if max_norm is None:
+        bounded = lr is None and by_relus and (classes or loss != "mse")
+        max_norm = usual_max_norm(len(hidden), loss) if bounded else math.inf
     if lr is not None:
-        return lr, bool(relative_lr), 0.0 if momentum is None else momentum
+        direction = "sngd" if direction is None else direction
+        return Steps(lr, bool(relative_lr), 0.0 if momentum is None else momentum, direction, max_norm)
     if direction in NAMES and direction not in BY_KERNELS:
         raise ValueError(f"lr: expected a number with direction={direction!r}, got None")
     if relative_lr is not None and not relative_lr:
         raise ValueError("lr: expected a number with relative_lr=False, got None")
-    return RELATIVE_LR, True, MOMENTUM if momentum is None else momentum
+    momentum = MOMENTUM if momentum is None else number("momentum", momentum)
+    if direction is None:
+        direction = "nesterov" if momentum else "sngd"
+    lr = RELATIVE_LR_MSE if loss == "mse" else RELATIVE_LR_CROSS_ENTROPY
+    return Steps(lr if by_relus else RELATIVE_LR_ELSEWHERE, True, momentum, direction, max_norm)
+
+
+def usual_max_norm(hidden: int, loss: str) -> float:
+    """`fit`'s max_norm for so many hidden layers of generalized ReLUs.
+
+    The norm of a unit of torch's initial weights, 1 / sqrt(3), times a growth that is less the more layers there are.
+    """
+    return math.sqrt(1 / 3) * (GROWTH ** (1 / hidden) if loss == "mse" else GROWTH / hidden)
 
 
 class Rule:

@@ -34,6 +34,15 @@ def rows_of(x: Any) -> int:
     return max(1, len(tensor)) if tensor.dim() else 1
 
 
+def holds_classes(y: Any) -> bool:
+    """Whether y, before it is checked, has the dtype of class indices."""
+    return y is not None and _is_whole(_tensor("y", y))
+
+
+def _is_whole(y: Tensor) -> bool:
+    return not y.is_floating_point() and not y.is_complex()
+
+
 def inputs(name: str, value: Any, x_scale: float | None, net: Network, device: torch.device | None) -> Tensor:
     """x as (rows, n_in) on the device."""
     x = _tensor(name, value)
@@ -67,7 +76,7 @@ def target(name: str, value: Any, x: Tensor, net: Network, device: torch.device 
     y = _tensor(name, value)
     dtype = net.layers[0].weight.dtype
     rows, n_out = x.shape[0], net.n_out
-    if not y.is_floating_point() and not y.is_complex():
+    if _is_whole(y):
         if y.dim() == 2 and y.shape[1] == 1:
             y = y[:, 0]
         if y.shape != (rows,):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class Settings:
     momentum: float
     reset_momentum: bool
     direction: str
+    max_norm: float
     shuffle: bool
     seed: int | None
     backend: str
@@ -141,6 +143,7 @@ class Trainer:
             (torch.zeros_like(w), None if b is None else torch.zeros_like(b)) if with_velocity else (None, None)
             for w, b, _ in network.layers
         ]
+        self.bounds = [self._bound(i) for i in range(len(network.layers))]
         self.weights_updated = 0
 
     def run(self, callbacks: Sequence[Callback], checkpoint_file: checkpoint.File | None) -> Passes[History]:
@@ -187,11 +190,12 @@ class Trainer:
             at.objective = self._objective(phase, at.problem)
         before = self.state()
         turns = yield from self._run_round(phase, at.problem, rates)
-        seconds = stop()
         norms = torch.cat([turn.norms for turn in turns]).cpu()
         bad = (~torch.isfinite(norms)).nonzero()
         if len(bad):
             yield from self._raise_non_finite(before, phase, at, rates, turns, int(bad[0]), float(norms[bad[0]]))
+        self._scale_back(phase)
+        seconds = stop()
         self._record(at, turns, norms, seconds())
         at.round += 1
         self.history.stopped_by = "rounds"
@@ -303,6 +307,31 @@ class Trainer:
                 results.append((yield call | sngd) if rule is None else rule.epoch_(**call))
         losses, norms = (torch.cat(part) for part in zip(*results, strict=True))
         return _Turn(layer, lr, losses, norms, stop())
+
+    def _parts(self, layer: int) -> list[Tensor]:
+        return [part for part in self.network.layers[layer][:2] if part is not None]
+
+    def _norm(self, layer: int) -> Tensor:
+        """Of weight and bias together, in float64, which no float32 weight overflows."""
+        return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in self._parts(layer)]).norm()
+
+    def _bound(self, layer: int) -> Tensor:
+        """The largest norm of a layer after a round: by max_norm, or what it is at the start."""
+        units = self.network.layers[layer].weight.shape[0]
+        return self._norm(layer).clamp(min=self.settings.max_norm * math.sqrt(units))
+
+    def _scale_back(self, phase: Phase) -> None:
+        """Scale the layers that were trained and are longer than their bounds back to these."""
+        if math.isinf(self.settings.max_norm):
+            return
+        parts, factors = list[Tensor](), list[Tensor]()
+        for i in phase.order:
+            if self.network.trainable[i]:
+                norm, bound = self._norm(i), self.bounds[i]
+                longer = torch.isfinite(norm) & (norm > bound)
+                parts += self._parts(i)
+                factors += [torch.where(longer, bound / norm, 1.0)] * len(self._parts(i))
+        torch._foreach_mul_(parts, factors)  # in one call, which no Ctrl-C comes into
 
     def _record(self, at: checkpoint.Position, turns: list[_Turn], norms: Tensor, seconds: float) -> None:
         losses = torch.cat([turn.losses for turn in turns]).cpu()
@@ -418,6 +447,7 @@ class Trainer:
         """All that training depends on, apart from data and settings, copied."""
         return {
             "tensors": [[part.clone() for part in parts] for parts in self._changing()],
+            "bounds": self.bounds,
             "streams": [stream.state() for stream in self.streams],
             "generator": self.generator.get_state(),
             "weights_updated": self.weights_updated,
@@ -430,6 +460,7 @@ class Trainer:
                 own.copy_(saved)
         for stream, saved in zip(self.streams, state["streams"], strict=True):
             stream.restore(saved)
+        self.bounds = state["bounds"]
         self.generator.set_state(state["generator"])
         self.weights_updated = state["weights_updated"]
 

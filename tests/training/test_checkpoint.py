@@ -109,7 +109,7 @@ def test_another_models_checkpoint_is_refused(tmp_path, model):
     x, y = blobs()
     path = tmp_path / "run.pt"
     dk.fit(net(6, 5, 3), x, y, schedule=dk.RoundRobin(rounds=1), checkpoint=path)
-    with pytest.raises(ValueError, match="differs in model"):
+    with pytest.raises(ValueError, match=r"differs in .*model"):
         dk.fit(model, x, y, schedule=dk.RoundRobin(rounds=1), checkpoint=path)
 
 

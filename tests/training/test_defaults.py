@@ -1,15 +1,19 @@
 """What `fit` takes where nothing is given: what goes together, and what the documentation says of it."""
 
+import math
 import pathlib
 import re
 
+import numpy as np
 import pytest
 import torch
+from support import net, weights
 from torch import nn
 
 import dante_kernels as dk
+from dante_kernels.activations import Activation
 from dante_kernels.data import load_digits
-from dante_kernels.training import directions, schedules
+from dante_kernels.training import directions, inputs, schedules
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -22,13 +26,16 @@ def digits_after(rows=300, **settings):
     return history, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_nothing_given_is_short_blocks_of_relative_steps_with_momentum():
-    history, weights = digits_after()
+def test_nothing_given_is_short_blocks_of_relative_nesterov_steps_within_a_bound():
+    history, weights = digits_after(loss="cross_entropy")
     rounds = schedules.default_rounds(300, 100)
     blocks = dk.RoundRobin(rounds=rounds, inner_epochs=1, inner_steps=20)
-    given, same = digits_after(schedule=blocks, lr=0.003, relative_lr=True, momentum=0.9)
+    steps = {"loss": "cross_entropy", "lr": 0.005, "relative_lr": True, "momentum": 0.9, "direction": "nesterov"}
+    given, same = digits_after(schedule=blocks, **steps, max_norm=4 / math.sqrt(3))
     assert torch.equal(weights, same)
     assert [block.steps for block in history.blocks] == [block.steps for block in given.blocks]
+    _, without = digits_after(schedule=blocks, **steps)
+    assert not torch.equal(weights, without)
 
 
 def test_a_given_rate_is_a_length_without_momentum():
@@ -40,9 +47,59 @@ def test_a_given_rate_is_a_length_without_momentum():
     assert not torch.equal(weights, other)
 
 
-def test_what_goes_with_no_rate_can_be_changed():
-    assert directions.settled(None, None, 0.5, "nesterov") == (0.003, True, 0.5)
-    assert directions.settled(None, True, None, "sngd") == (0.003, True, 0.9)
+LEAKY, SIGMOID, INFINITE = Activation("generalized_relu", 0.01), Activation.SIGMOID, math.inf
+
+
+@pytest.mark.parametrize(
+    ("given", "hidden", "loss", "classes", "expected"),
+    [
+        ({}, [LEAKY], "cross_entropy", True, (0.005, True, 0.9, "nesterov", 4 / 3**0.5)),
+        ({}, [LEAKY] * 2, "cross_entropy", True, (0.005, True, 0.9, "nesterov", 2 / 3**0.5)),
+        ({}, [LEAKY] * 5, "binary_cross_entropy", False, (0.005, True, 0.9, "nesterov", 0.8 / 3**0.5)),
+        ({}, [LEAKY] * 2, "mse", True, (0.004, True, 0.9, "nesterov", 2 / 3**0.5)),
+        ({}, [LEAKY] * 4, "mse", True, (0.004, True, 0.9, "nesterov", 2**0.5 / 3**0.5)),
+        ({}, [LEAKY], "mse", False, (0.004, True, 0.9, "nesterov", INFINITE)),
+        ({}, [LEAKY, SIGMOID], "cross_entropy", True, (0.003, True, 0.9, "nesterov", INFINITE)),
+        ({}, [], "cross_entropy", True, (0.003, True, 0.9, "nesterov", INFINITE)),
+        ({"max_norm": 0.7}, [SIGMOID], "mse", True, (0.003, True, 0.9, "nesterov", 0.7)),
+        ({"max_norm": INFINITE}, [LEAKY], "mse", True, (0.004, True, 0.9, "nesterov", INFINITE)),
+        ({"momentum": 0.5, "direction": "sngd"}, [SIGMOID], "mse", True, (0.003, True, 0.5, "sngd", INFINITE)),
+        ({"momentum": 0.0}, [SIGMOID], "mse", True, (0.003, True, 0.0, "sngd", INFINITE)),
+        ({"lr": 0.1}, [LEAKY], "mse", True, (0.1, False, 0.0, "sngd", INFINITE)),
+        ({"lr": 0.1, "relative_lr": True, "momentum": 0.9}, [LEAKY], "mse", True, (0.1, True, 0.9, "sngd", INFINITE)),
+        ({"lr": 0.1, "direction": "adam", "max_norm": 2.0}, [LEAKY], "mse", True, (0.1, False, 0.0, "adam", 2.0)),
+    ],
+)
+def test_what_is_not_given_goes_with_what_is(given, hidden, loss, classes, expected):
+    nothing = dict.fromkeys(("lr", "relative_lr", "momentum", "direction", "max_norm"))
+    found = directions.settled(**nothing | given, hidden=hidden, loss=loss, classes=classes)
+    assert found[:-1] == expected[:-1]
+    assert found.max_norm == pytest.approx(expected[-1])
+
+
+def test_the_dtype_says_whether_a_target_holds_classes():
+    whole = (torch.uint8, torch.int32, torch.int64, torch.bool)
+    assert all(inputs.holds_classes(torch.zeros(3, dtype=dtype)) for dtype in whole)
+    assert inputs.holds_classes(np.zeros(3, dtype=np.int32))
+    assert not any(inputs.holds_classes(y) for y in (None, torch.zeros(3), np.zeros(3)))
+
+
+def test_a_momentum_that_is_no_number_is_named():
+    with pytest.raises(TypeError, match="momentum: expected a number, got Tensor"):
+        digits_after(momentum=torch.tensor([0.9, 0.9]))
+
+
+@pytest.mark.parametrize("outputs", ["classes", "values"])
+def test_only_classes_have_a_bound_with_mse(outputs):
+    """Values may be of any size, which a bound would keep the net from."""
+    split = load_digits()
+    y = split.y_train[:300] if outputs == "classes" else nn.functional.one_hot(split.y_train[:300], 10).float()
+    found = []
+    for bound in (None, math.inf):
+        model = net(64, *[30] * 7, 10, activation=nn.ReLU)
+        dk.fit(model, split.x_train[:300], y, max_norm=bound)
+        found.append(weights(model))
+    assert torch.equal(*found) == (outputs == "values")
 
 
 @pytest.mark.parametrize(
@@ -72,6 +129,8 @@ def test_digits_are_learned_with_nothing_given():
 
 def test_the_page_on_defaults_names_them():
     page = " ".join((ROOT / "docs" / "defaults.md").read_text().split())
-    numbers = (schedules.INNER_STEPS, directions.RELATIVE_LR, directions.MOMENTUM)
-    assert "blocks of {} steps, {} of the layer's norm, momentum {}".format(*numbers) in page
+    rates = directions.RELATIVE_LR_CROSS_ENTROPY, directions.RELATIVE_LR_MSE, directions.RELATIVE_LR_ELSEWHERE
+    assert "{} of the layer's norm with cross-entropies, {} with MSE, {} where".format(*rates) in page
+    assert f"blocks of {schedules.INNER_STEPS} steps with Nesterov's momentum of {directions.MOMENTUM}" in page
+    assert f"times {directions.GROWTH:g} / H with cross-entropies, {directions.GROWTH:g}^(1 / H) with MSE" in page
     assert f"{schedules.ROUNDS} rounds, or as many as make {schedules.STEPS} steps, {schedules.MOST_ROUNDS} at most" in page
