@@ -53,7 +53,15 @@ GRIDS = [
     ("mnist", FIVE, "leaky_relu", "mse"),
 ]
 # Rates beyond a grid whose edge was the best.
-BEYOND: list[tuple[tuple[str, str, str, str], float]] = []
+BEYOND = [
+    *((("mnist", net, "leaky_relu", "mse"), 0.0079) for net in (ONE, TWO)),
+    *((("mnist", net, "leaky_relu", "cross_entropy"), 0.0098) for net in (ONE, TWO, THREE)),
+    *((("fashion-mnist", net, "leaky_relu", "cross_entropy"), 0.0098) for net in (ONE, THREE)),
+    (("fashion-mnist", ONE, "leaky_relu", "mse"), 0.0079),
+    (("mnist", FIVE, "leaky_relu", "mse"), 0.002),
+    (("mnist", ONE, "sigmoid", "mse"), 0.0059),
+    (("mnist", TWO, "sigmoid", "cross_entropy"), 0.0015),
+]
 # Nets that the papers have beside them; with these DANTE's rate was not searched at all, nor SGD's but for the better of two.
 MORE_NETS = [("mnist", net, "leaky_relu", "mse") for net in ("784-250-10", "784-600-10", "784-100-100-10")]
 # All others of the papers' nets, with either data, activation and loss, of six layers with leaky ReLU only. With these only
