@@ -191,7 +191,7 @@ def train(row: Row, split: data.Dataset) -> Row:
         )
         return row | {name: found.get(name) for name in names}
     model, start = runs.build(widths, activation, activation if loss == "mse" else "identity", row["seed"]), time.process_time()
-    settings = {"relative_lr": True, "momentum": 0.9, **for_fit(row["settings"], len(widths) - 2, loss)}
+    settings = {"relative_lr": True, "momentum": 0.9, **for_fit(row["settings"], widths[1:-1], loss)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(row["seed"])
         initialise = INITIALISATIONS.get(settings.pop("initialisation", ""), lambda weight: None)

@@ -74,7 +74,7 @@ def train(row: Row, split: data.Dataset) -> Row:
         return row | {name: found[name] for name in ("test_loss", "test_accuracy", "seconds")}
     model = runs.build(widths, row["activation"], row["activation"], row["seed"])
     blocks = dk.RoundRobin(rounds=rounds, inner_epochs=1, inner_steps=20)
-    steps = for_fit({name: row["settings"][name] for name in USUAL}, len(widths) - 2, loss)
+    steps = for_fit({name: row["settings"][name] for name in USUAL}, widths[1:-1], loss)
     dk.fit(
         model, x, y, loss=loss, schedule=blocks, lr=row["rate"], relative_lr=True, momentum=0.9, batch_size=batch,
         seed=row["seed"], **steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def usual(activation: str, loss: str) -> tuple[float, Row]:
     return rate, {"direction": "nesterov", "max_norm": "usual"}
 
 
-def for_fit(settings: Row, hidden: int, loss: str) -> Row:
+def for_fit(settings: Row, hidden: Sequence[int], loss: str) -> Row:
     """A row's settings with max_norm, which it has as a part of the usual one, as the number."""
     if "max_norm" not in settings:
         return settings

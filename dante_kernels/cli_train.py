@@ -106,7 +106,7 @@ def train(
         expect(activation in activations.NAMES, "--activation", f"one of {', '.join(activations.NAMES)}", activation)
         expect(loss in losses.CODES, "--loss", f"one of {', '.join(losses.CODES)}", loss)
         between = activations.NAMES[activation]
-        by = _settled(lr, relative_lr, momentum, direction, max_norm, [between] * len(widths), loss)
+        by = _settled(lr, relative_lr, momentum, direction, max_norm, [(width, between) for width in widths], loss)
         expect(math.isfinite(by.lr) and by.lr > 0, "--lr", "a finite number above 0", by.lr)
         expect(lr_schedule in LR_SCHEDULES, "--lr-schedule", " or ".join(LR_SCHEDULES), lr_schedule)
         expect(batch >= 1, "--batch-size", "at least 1", batch)
@@ -199,7 +199,7 @@ def _settled(
     momentum: float | None,
     direction: str | None,
     max_norm: float | None,
-    hidden: list[Activation],
+    hidden: list[tuple[int, Activation]],
     loss: str,
 ) -> Steps:
     """The step's settings, those not given as `fit` takes them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ NAMES = (*BY_KERNELS, "sgd", *WITHOUT_MOMENTUM)
 # What the kernels' directions take where no lr is given: the rate with MSE and with cross-entropies where all hidden layers are
 # generalized ReLUs, and that where they are not.
 RELATIVE_LR_MSE, RELATIVE_LR_CROSS_ENTROPY, RELATIVE_LR_ELSEWHERE, MOMENTUM = 0.004, 0.005, 0.003, 0.9
+WIDE = 100  # units, above which layers are not narrow
 GROWTH = 4.0  # how much a layer may grow then beside one other, from torch's initial weights
 
 
@@ -58,21 +60,21 @@ def settled(
     momentum: float | None,
     direction: str | None,
     max_norm: float | None,
-    hidden: Sequence[Activation],
+    hidden: Sequence[tuple[int, Activation]],
     loss: str,
     classes: bool,
 ) -> Steps:
     """Where they are not given, what goes together; docs/defaults.md has the reasons.
 
-    `hidden` are the activations before the last layer's; `classes` says that the target holds class indices.
+    `hidden` are widths and activations of the layers before the last one; `classes` says that the target holds class indices.
 
     Raises:
         ValueError: where lr is missing and cannot be settled.
     """
-    by_relus = bool(hidden) and all(activation.kind == "generalized_relu" for activation in hidden)
+    by_relus = bool(hidden) and all(activation.kind == "generalized_relu" for _, activation in hidden)
     if max_norm is None:
         bounded = lr is None and by_relus and (classes or loss != "mse")
-        max_norm = usual_max_norm(len(hidden), loss) if bounded else math.inf
+        max_norm = usual_max_norm([width for width, _ in hidden], loss) if bounded else math.inf
     if lr is not None:
         direction = "sngd" if direction is None else direction
         return Steps(lr, bool(relative_lr), 0.0 if momentum is None else momentum, direction, max_norm)
@@ -87,12 +89,17 @@ def settled(
     return Steps(lr if by_relus else RELATIVE_LR_ELSEWHERE, True, momentum, direction, max_norm)
 
 
-def usual_max_norm(hidden: int, loss: str) -> float:
-    """`fit`'s max_norm for so many hidden layers of generalized ReLUs.
+def usual_max_norm(hidden: Sequence[int], loss: str) -> float:
+    """`fit`'s max_norm for hidden layers of generalized ReLUs of these widths.
 
-    The norm of a unit of torch's initial weights, 1 / sqrt(3), times a growth that is less the more layers there are.
+    The norm of a unit of torch's initial weights, 1 / sqrt(3), times a growth that is less the more layers there are, and with
+    cross-entropies more where deep nets are narrow.
     """
-    return math.sqrt(1 / 3) * (GROWTH ** (1 / hidden) if loss == "mse" else GROWTH / hidden)
+    layers = len(hidden)
+    if loss == "mse":
+        return math.sqrt(1 / 3) * GROWTH ** (1 / layers)
+    narrow = max(1.0, WIDE / statistics.geometric_mean(hidden))
+    return math.sqrt(1 / 3) * GROWTH / layers * narrow ** ((layers - 1) / 6)
 
 
 class Rule:

@@ -94,10 +94,10 @@ def fit(
         max_norm: bound on a layer's norm a unit, the Frobenius norm of weight and bias over sqrt(n_out); torch's initial
             weights have 1 / sqrt(3). After every round a trained layer whose norm is above the bound, and above what it was at
             the start, is scaled back to the larger of these (not after fine-tuning); the theorems have the weights in such a
-            ball. None is a bound where lr is None, y holds classes (or the loss is no ``"mse"``) and there are H hidden
-            layers, all generalized ReLUs: 1 / sqrt(3) times 4 / H, with ``"mse"`` 4^(1 / H), which keeps the outputs from
-            growing too sure. That is for inputs of order 1: scale smaller ones, or give math.inf, which is no bound, as
-            None is elsewhere.
+            ball. None is a bound where lr is None, y holds classes (or the loss is no ``"mse"``) and there are H hidden layers,
+            all generalized ReLUs: 1 / sqrt(3) times 4 / H, with ``"mse"`` 4^(1 / H), which keeps the outputs from growing too
+            sure; 4 / H is times (100 / w)^((H - 1) / 6) where the hidden widths' geometric mean w is below 100. That is for
+            inputs of order 1: scale smaller ones, or give math.inf, which is no bound, as None is elsewhere.
         shuffle: a new order for every pass, drawn on the device; else the rows as they lie.
         x_scale: what uint8 x is multiplied with, such as 1 / 255; needed there, and None or 1 elsewhere. The trained model
             itself takes x.float() * x_scale.
@@ -178,7 +178,7 @@ def prepare(
         raise TypeError(f"schedule: expected a Schedule such as RoundRobin(rounds=12), got {schedule!r}")
     net = network.from_module(model, loss)
     batch_size = _whole("batch_size", batch_size, low=1)
-    hidden = [activations.resolve(layer.activation) for layer in net.layers[:-1]]
+    hidden = [(len(layer.weight), activations.resolve(layer.activation)) for layer in net.layers[:-1]]
     steps = directions.settled(lr, relative_lr, momentum, direction, max_norm, hidden, loss, inputs.holds_classes(y))
     if schedule is None:
         rounds = default_rounds(inputs.rows_of(x), batch_size)

@@ -53,21 +53,25 @@ LEAKY, SIGMOID, INFINITE = Activation("generalized_relu", 0.01), Activation.SIGM
 @pytest.mark.parametrize(
     ("given", "hidden", "loss", "classes", "expected"),
     [
-        ({}, [LEAKY], "cross_entropy", True, (0.005, True, 0.9, "nesterov", 4 / 3**0.5)),
-        ({}, [LEAKY] * 2, "cross_entropy", True, (0.005, True, 0.9, "nesterov", 2 / 3**0.5)),
-        ({}, [LEAKY] * 5, "binary_cross_entropy", False, (0.005, True, 0.9, "nesterov", 0.8 / 3**0.5)),
-        ({}, [LEAKY] * 2, "mse", True, (0.004, True, 0.9, "nesterov", 2 / 3**0.5)),
-        ({}, [LEAKY] * 4, "mse", True, (0.004, True, 0.9, "nesterov", 2**0.5 / 3**0.5)),
-        ({}, [LEAKY], "mse", False, (0.004, True, 0.9, "nesterov", INFINITE)),
-        ({}, [LEAKY, SIGMOID], "cross_entropy", True, (0.003, True, 0.9, "nesterov", INFINITE)),
+        ({}, [(100, LEAKY)], "cross_entropy", True, (0.005, True, 0.9, "nesterov", 4 / 3**0.5)),
+        ({}, [(100, LEAKY)] * 2, "cross_entropy", True, (0.005, True, 0.9, "nesterov", 2 / 3**0.5)),
+        ({}, [(100, LEAKY)] * 5, "binary_cross_entropy", False, (0.005, True, 0.9, "nesterov", 0.8 / 3**0.5)),
+        ({}, [(25, LEAKY)], "cross_entropy", True, (0.005, True, 0.9, "nesterov", 4 / 3**0.5)),
+        ({}, [(25, LEAKY)] * 4, "cross_entropy", True, (0.005, True, 0.9, "nesterov", 2 / 3**0.5)),
+        ({}, [(50, LEAKY), (12.5, LEAKY)] * 2, "cross_entropy", True, (0.005, True, 0.9, "nesterov", 2 / 3**0.5)),
+        ({}, [(25, LEAKY)] * 2, "mse", True, (0.004, True, 0.9, "nesterov", 2 / 3**0.5)),
+        ({}, [(100, LEAKY)] * 2, "mse", True, (0.004, True, 0.9, "nesterov", 2 / 3**0.5)),
+        ({}, [(100, LEAKY)] * 4, "mse", True, (0.004, True, 0.9, "nesterov", 2**0.5 / 3**0.5)),
+        ({}, [(100, LEAKY)], "mse", False, (0.004, True, 0.9, "nesterov", INFINITE)),
+        ({}, [(100, LEAKY), (100, SIGMOID)], "cross_entropy", True, (0.003, True, 0.9, "nesterov", INFINITE)),
         ({}, [], "cross_entropy", True, (0.003, True, 0.9, "nesterov", INFINITE)),
-        ({"max_norm": 0.7}, [SIGMOID], "mse", True, (0.003, True, 0.9, "nesterov", 0.7)),
-        ({"max_norm": INFINITE}, [LEAKY], "mse", True, (0.004, True, 0.9, "nesterov", INFINITE)),
-        ({"momentum": 0.5, "direction": "sngd"}, [SIGMOID], "mse", True, (0.003, True, 0.5, "sngd", INFINITE)),
-        ({"momentum": 0.0}, [SIGMOID], "mse", True, (0.003, True, 0.0, "sngd", INFINITE)),
-        ({"lr": 0.1}, [LEAKY], "mse", True, (0.1, False, 0.0, "sngd", INFINITE)),
-        ({"lr": 0.1, "relative_lr": True, "momentum": 0.9}, [LEAKY], "mse", True, (0.1, True, 0.9, "sngd", INFINITE)),
-        ({"lr": 0.1, "direction": "adam", "max_norm": 2.0}, [LEAKY], "mse", True, (0.1, False, 0.0, "adam", 2.0)),
+        ({"max_norm": 0.7}, [(100, SIGMOID)], "mse", True, (0.003, True, 0.9, "nesterov", 0.7)),
+        ({"max_norm": INFINITE}, [(100, LEAKY)], "mse", True, (0.004, True, 0.9, "nesterov", INFINITE)),
+        ({"momentum": 0.5, "direction": "sngd"}, [(100, SIGMOID)], "mse", True, (0.003, True, 0.5, "sngd", INFINITE)),
+        ({"momentum": 0.0}, [(100, SIGMOID)], "mse", True, (0.003, True, 0.0, "sngd", INFINITE)),
+        ({"lr": 0.1}, [(100, LEAKY)], "mse", True, (0.1, False, 0.0, "sngd", INFINITE)),
+        ({"lr": 0.1, "relative_lr": True, "momentum": 0.9}, [(100, LEAKY)], "mse", True, (0.1, True, 0.9, "sngd", INFINITE)),
+        ({"lr": 0.1, "direction": "adam", "max_norm": 2.0}, [(100, LEAKY)], "mse", True, (0.1, False, 0.0, "adam", 2.0)),
     ],
 )
 def test_what_is_not_given_goes_with_what_is(given, hidden, loss, classes, expected):
@@ -132,5 +136,6 @@ def test_the_page_on_defaults_names_them():
     rates = directions.RELATIVE_LR_CROSS_ENTROPY, directions.RELATIVE_LR_MSE, directions.RELATIVE_LR_ELSEWHERE
     assert "{} of the layer's norm with cross-entropies, {} with MSE, {} where".format(*rates) in page
     assert f"blocks of {schedules.INNER_STEPS} steps with Nesterov's momentum of {directions.MOMENTUM}" in page
+    assert f"below {directions.WIDE}" in page
     assert f"times {directions.GROWTH:g} / H with cross-entropies, {directions.GROWTH:g}^(1 / H) with MSE" in page
     assert f"{schedules.ROUNDS} rounds, or as many as make {schedules.STEPS} steps, {schedules.MOST_ROUNDS} at most" in page
