@@ -76,7 +76,7 @@ def train(
     max_norm: Annotated[
         float | None,
         typer.Option(
-            help="bound on a layer's norm a unit after a round", show_default="by the depth; none with --lr, sigmoid or tanh"
+            help="bound on a layer's norm a unit after a round", show_default="by the net; none with --lr, sigmoid, tanh"
         ),
     ] = None,
     schedule: Annotated[str, typer.Option(help="round-robin, or alternating for one hidden layer")] = "round-robin",
