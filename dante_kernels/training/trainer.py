@@ -16,7 +16,7 @@ from torch import Tensor
 from ..network import Network
 from ..ops import Layer
 from ..ops.blocks import Block, Launcher, Round, Velocity, block_launcher, step_length
-from . import checkpoint, directions, finetune
+from . import bounds, checkpoint, directions, finetune
 from .history import BlockRecord, History, RoundRecord
 from .problem import Problem, RowStream, evaluate, scale_of
 from .schedules import Phase, Schedule
@@ -135,15 +135,15 @@ class Trainer:
         ]
         by_kernels = settings.direction in directions.BY_KERNELS
         self.rules = [
-            None if by_kernels else directions.Rule(settings.direction, settings.momentum, [w] if b is None else [w, b])
-            for w, b, _ in network.layers
+            None if by_kernels else directions.Rule(settings.direction, settings.momentum, bounds.parts(layer))
+            for layer in network.layers
         ]
         with_velocity = by_kernels and settings.momentum > 0
         self.velocities: list[tuple[Tensor | None, Tensor | None]] = [
             (torch.zeros_like(w), None if b is None else torch.zeros_like(b)) if with_velocity else (None, None)
             for w, b, _ in network.layers
         ]
-        self.bounds = [self._bound(i) for i in range(len(network.layers))]
+        self.bounds = [bounds.bound(layer, settings.max_norm) for layer in network.layers]
         self.weights_updated = 0
 
     def run(self, callbacks: Sequence[Callback], checkpoint_file: checkpoint.File | None) -> Passes[History]:
@@ -194,7 +194,9 @@ class Trainer:
         bad = (~torch.isfinite(norms)).nonzero()
         if len(bad):
             yield from self._raise_non_finite(before, phase, at, rates, turns, int(bad[0]), float(norms[bad[0]]))
-        self._scale_back(phase)
+        if not math.isinf(self.settings.max_norm):
+            trained = [i for i in phase.order if self.network.trainable[i]]
+            bounds.scale_back([self.network.layers[i] for i in trained], [self.bounds[i] for i in trained])
         seconds = stop()
         self._record(at, turns, norms, seconds())
         at.round += 1
@@ -307,31 +309,6 @@ class Trainer:
                 results.append((yield call | sngd) if rule is None else rule.epoch_(**call))
         losses, norms = (torch.cat(part) for part in zip(*results, strict=True))
         return _Turn(layer, lr, losses, norms, stop())
-
-    def _parts(self, layer: int) -> list[Tensor]:
-        return [part for part in self.network.layers[layer][:2] if part is not None]
-
-    def _norm(self, layer: int) -> Tensor:
-        """Of weight and bias together, in float64, which no float32 weight overflows."""
-        return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in self._parts(layer)]).norm()
-
-    def _bound(self, layer: int) -> Tensor:
-        """The largest norm of a layer after a round: by max_norm, or what it is at the start."""
-        units = self.network.layers[layer].weight.shape[0]
-        return self._norm(layer).clamp(min=self.settings.max_norm * math.sqrt(units))
-
-    def _scale_back(self, phase: Phase) -> None:
-        """Scale the layers that were trained and are longer than their bounds back to these."""
-        if math.isinf(self.settings.max_norm):
-            return
-        parts, factors = list[Tensor](), list[Tensor]()
-        for i in phase.order:
-            if self.network.trainable[i]:
-                norm, bound = self._norm(i), self.bounds[i]
-                longer = torch.isfinite(norm) & (norm > bound)
-                parts += self._parts(i)
-                factors += [torch.where(longer, bound / norm, 1.0)] * len(self._parts(i))
-        torch._foreach_mul_(parts, factors)  # in one call, which no Ctrl-C comes into
 
     def _record(self, at: checkpoint.Position, turns: list[_Turn], norms: Tensor, seconds: float) -> None:
         losses = torch.cat([turn.losses for turn in turns]).cpu()
@@ -471,5 +448,4 @@ class Trainer:
 
     def _changing(self) -> list[list[Tensor]]:
         """Layer by layer all tensors that training changes."""
-        layers = enumerate(self.network.layers)
-        return [[*(part for part in (w, b) if part is not None), *self._kept(i)] for i, (w, b, _) in layers]
+        return [[*bounds.parts(layer), *self._kept(i)] for i, layer in enumerate(self.network.layers)]

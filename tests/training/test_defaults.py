@@ -58,7 +58,7 @@ LEAKY, SIGMOID, INFINITE = Activation("generalized_relu", 0.01), Activation.SIGM
         ({}, [(100, LEAKY)] * 5, "binary_cross_entropy", False, (0.005, True, 0.9, "nesterov", 0.8 / 3**0.5)),
         ({}, [(25, LEAKY)], "cross_entropy", True, (0.005, True, 0.9, "nesterov", 4 / 3**0.5)),
         ({}, [(25, LEAKY)] * 4, "cross_entropy", True, (0.005, True, 0.9, "nesterov", 2 / 3**0.5)),
-        ({}, [(50, LEAKY), (12.5, LEAKY)] * 2, "cross_entropy", True, (0.005, True, 0.9, "nesterov", 2 / 3**0.5)),
+        ({}, [(100, LEAKY), (25, LEAKY)] * 2, "cross_entropy", True, (0.005, True, 0.9, "nesterov", 2**0.5 / 3**0.5)),
         ({}, [(25, LEAKY)] * 2, "mse", True, (0.004, True, 0.9, "nesterov", 2 / 3**0.5)),
         ({}, [(100, LEAKY)] * 2, "mse", True, (0.004, True, 0.9, "nesterov", 2 / 3**0.5)),
         ({}, [(100, LEAKY)] * 4, "mse", True, (0.004, True, 0.9, "nesterov", 2**0.5 / 3**0.5)),
