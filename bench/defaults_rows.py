@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dante_kernels import activations
 from dante_kernels.training import directions
 
 ROWS = Path(__file__).parent / "results" / "defaults.jsonl"
@@ -29,11 +30,12 @@ def usual(activation: str, loss: str) -> tuple[float, Row]:
 
 
 def for_fit(settings: Row, hidden: Sequence[int], loss: str) -> Row:
-    """A row's settings with max_norm, which it has as a part of the usual one, as the number."""
+    """A row's settings with max_norm, which it has as a part of the usual one of leaky ReLUs, as the number."""
     if "max_norm" not in settings:
         return settings
     part = {"half": 0.5, "usual": 1.0, "twice": 2.0}[settings["max_norm"]]
-    return settings | {"max_norm": part * directions.usual_max_norm(hidden, loss)}
+    by_relus = [(width, activations.NAMES["leaky_relu"]) for width in hidden]
+    return settings | {"max_norm": part * directions.usual_max_norm(by_relus, loss, classes=True)}
 
 
 def read() -> list[Row]:

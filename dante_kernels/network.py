@@ -47,6 +47,13 @@ class Network:
         """The widths of the input and of each layer's output."""
         return [self.n_in, *(layer.weight.shape[0] for layer in self.layers)]
 
+    @property
+    def hidden(self) -> list[tuple[int, Activation]]:
+        """The widths and activations of the layers before the last one."""
+        return [
+            (width, activations.resolve(layer.activation)) for width, layer in zip(self.widths[1:-1], self.layers, strict=False)
+        ]
+
     def parameters(self) -> list[nn.Parameter]:
         """The model's own parameters, layer by layer."""
         return [parameter for module in self.modules for parameter in module.parameters()]

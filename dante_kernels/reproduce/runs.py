@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 import dante_kernels as dk
 
-from .. import activations
+from .. import activations, network
+from ..training import directions
 from .problems import Problem
 
 Row = dict[str, Any]
@@ -49,6 +50,7 @@ class Method:
         rule: ``direction`` of `dk.fit` where layerwise, else a name of `OPTIMIZERS`.
         layerwise: whether the layers are trained one by one, by `dk.fit`.
         momentum, reset_momentum, relative_lr, lr_schedule: as for `dk.fit`; torch's methods know the first and the last.
+        bounded: whether the layers' norms have the bound that `dk.fit` takes where no rate is given.
         inner_epochs: T, passes of a layer in one block; an integer part or a multiple of the run's epochs.
         inner_steps: where given, blocks of so many mini-batches, a pass of each layer a round.
         stacked: whether layers are trained in pairs, from the outermost inwards, in the whole network (2018).
@@ -63,6 +65,7 @@ class Method:
     momentum: float = 0.0
     reset_momentum: bool = False
     relative_lr: bool = False
+    bounded: bool = False
     lr_schedule: str = "constant"
     inner_epochs: float = 5
     inner_steps: int | None = None
@@ -77,8 +80,8 @@ METHODS = {
         Method("dante", f"DANTE as published ({PUBLISHED_T})", -2),
         Method("dante-heavy", f"DANTE + momentum 0.9 ({PUBLISHED_T})", -3, momentum=0.9),
         Method(
-            "dante-short", "DANTE in short blocks (20 steps, relative rate, momentum 0.9, cosine)", -4,
-            momentum=0.9, relative_lr=True, lr_schedule="cosine", inner_steps=20,
+            "dante-short", "DANTE in short blocks (20 steps, relative rate, Nesterov 0.9, cosine, bound)", -4,
+            rule="nesterov", momentum=0.9, relative_lr=True, bounded=True, lr_schedule="cosine", inner_steps=20,
         ),
         Method("dante-stacked", f"DANTE, pair after pair ({PUBLISHED_T})", -2, stacked=True),
         Method(
@@ -251,6 +254,9 @@ def _fit(
     elif sum(isinstance(m, nn.Linear) for m in model) == 2:
         kind = dk.Alternating
     schedule = kind(rounds=rounds, **turns)
+    max_norm = math.inf
+    if way.bounded:
+        max_norm = directions.usual_max_norm(network.from_module(model, loss).hidden, loss, not problem.y.is_floating_point())
 
     seconds, begin = 0.0, time.process_time()
 
@@ -264,7 +270,7 @@ def _fit(
         dk.fit(
             model, problem.x, problem.y, loss=loss, schedule=schedule, lr=rate, relative_lr=way.relative_lr,
             lr_schedule=way.lr_schedule, batch_size=batch, momentum=way.momentum, reset_momentum=way.reset_momentum,
-            direction=way.rule, seed=seed, callbacks=[after_round],
+            direction=way.rule, max_norm=max_norm, seed=seed, callbacks=[after_round],
         )  # fmt: skip
     except dk.NonFiniteError:
         return True

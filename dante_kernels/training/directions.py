@@ -71,10 +71,8 @@ def settled(
     Raises:
         ValueError: where lr is missing and cannot be settled.
     """
-    by_relus = bool(hidden) and all(activation.kind == "generalized_relu" for _, activation in hidden)
     if max_norm is None:
-        bounded = lr is None and by_relus and (classes or loss != "mse")
-        max_norm = usual_max_norm([width for width, _ in hidden], loss) if bounded else math.inf
+        max_norm = usual_max_norm(hidden, loss, classes) if lr is None else math.inf
     if lr is not None:
         direction = "sngd" if direction is None else direction
         return Steps(lr, bool(relative_lr), 0.0 if momentum is None else momentum, direction, max_norm)
@@ -86,20 +84,27 @@ def settled(
     if direction is None:
         direction = "nesterov" if momentum else "sngd"
     lr = RELATIVE_LR_MSE if loss == "mse" else RELATIVE_LR_CROSS_ENTROPY
-    return Steps(lr if by_relus else RELATIVE_LR_ELSEWHERE, True, momentum, direction, max_norm)
+    return Steps(lr if _by_relus(hidden) else RELATIVE_LR_ELSEWHERE, True, momentum, direction, max_norm)
 
 
-def usual_max_norm(hidden: Sequence[int], loss: str) -> float:
-    """`fit`'s max_norm for hidden layers of generalized ReLUs of these widths.
+def usual_max_norm(hidden: Sequence[tuple[int, Activation]], loss: str, classes: bool) -> float:
+    """`fit`'s max_norm where neither it nor lr is given; arguments as for `settled`.
 
     The norm of a unit of torch's initial weights, 1 / sqrt(3), times a growth that is less the more layers there are, and with
-    cross-entropies more where deep nets are narrow.
+    cross-entropies more where deep nets are narrow. No bound where a hidden layer, if there is one, is no generalized ReLU, nor
+    where values are to be met.
     """
+    if not _by_relus(hidden) or (loss == "mse" and not classes):
+        return math.inf
     layers = len(hidden)
     if loss == "mse":
         return math.sqrt(1 / 3) * GROWTH ** (1 / layers)
-    narrow = max(1.0, WIDE / statistics.geometric_mean(hidden))
+    narrow = max(1.0, WIDE / statistics.geometric_mean(width for width, _ in hidden))
     return math.sqrt(1 / 3) * GROWTH / layers * narrow ** ((layers - 1) / 6)
+
+
+def _by_relus(hidden: Sequence[tuple[int, Activation]]) -> bool:
+    return bool(hidden) and all(activation.kind == "generalized_relu" for _, activation in hidden)
 
 
 class Rule:

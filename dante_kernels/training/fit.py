@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import activations, losses, network, reference
+from .. import losses, network, reference
 from ..network import Network
 from ..ops import backends
 from ..ops.checks import backend_name, number
@@ -178,8 +178,7 @@ def prepare(
         raise TypeError(f"schedule: expected a Schedule such as RoundRobin(rounds=12), got {schedule!r}")
     net = network.from_module(model, loss)
     batch_size = _whole("batch_size", batch_size, low=1)
-    hidden = [(len(layer.weight), activations.resolve(layer.activation)) for layer in net.layers[:-1]]
-    steps = directions.settled(lr, relative_lr, momentum, direction, max_norm, hidden, loss, inputs.holds_classes(y))
+    steps = directions.settled(lr, relative_lr, momentum, direction, max_norm, net.hidden, loss, inputs.holds_classes(y))
     if schedule is None:
         rounds = default_rounds(inputs.rows_of(x), batch_size)
         schedule = RoundRobin(rounds=rounds, inner_epochs=1, inner_steps=INNER_STEPS)
