@@ -247,14 +247,16 @@ def check_short_blocks_and_models(device: torch.device, few: bool) -> str:
 
 
 def check_recorded_blocks(device: torch.device, few: bool) -> str:
-    """Rounds of short blocks of deeper nets, replayed, have the bits that they have launch by launch, under every plan."""
-    from dante_kernels.kernels import graphs
+    """Rounds of short blocks of deeper nets, replayed, have the bits that they have launch by launch, under every plan, alone
+    and beside other models, of which there are more than streams.
+    """
+    from dante_kernels.kernels import branches, graphs
 
     n_in, rows = (20, 40) if few else (784, 400)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(rows, n_in, generator=generator), torch.randint(0, 10, (rows,), generator=generator)
     steps = {"lr": 0.02, "relative_lr": True, "momentum": 0.9, "direction": "nesterov", "max_norm": 0.6, "batch_size": 20}
-    short = dk.RoundRobin(rounds=4, inner_epochs=1, inner_steps=1 if few else 5)
+    short = dk.RoundRobin(rounds=2 if few else 4, inner_epochs=1, inner_steps=1 if few else 5)
     for name in ("auto", "fused", "streamed", "library"):
         trained = []
         for switch in ("0", "1"):
@@ -267,6 +269,16 @@ def check_recorded_blocks(device: torch.device, few: bool) -> str:
                 assert graphs._shared.usable, "a recording failed"
                 assert any(entry.recording is not None for entry in entries), f"plan {name}: nothing was replayed"
         assert torch.equal(*trained), f"plan {name}: replayed blocks differ"
+        if name not in ("auto", "fused"):  # which launches they are does not matter to the streams
+            continue
+        together = [net(n_in, 30, 20, 10, seed=seed).to(device) for seed in range(2 if few else branches.MOST + 2)]
+        with chosen_plan(name):
+            dk.fit_many(together, x.to(device), y.to(device), schedule=short, backend="triton", **steps)
+        for seed, model in enumerate(together):
+            alone = net(n_in, 30, 20, 10, seed=seed).to(device)
+            with chosen_plan(name, graphs="0"):
+                dk.fit(alone, x.to(device), y.to(device), schedule=short, backend="triton", **steps)
+            assert torch.equal(weights(alone), weights(model)), f"plan {name}: model {seed} of several differs"
     return "4 plans"
 
 

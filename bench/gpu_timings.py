@@ -29,6 +29,7 @@ TIMED = [
     *((widths, "high") for widths in ((784, 100, 10), (3072, 512, 10))),
 ]  # fmt: skip
 MODELS = (1, 8, 32)
+SIDE_BY_SIDE = ((784, 100, 10), (784, 400, 200, 10))  # in one launch; launches of their own, on streams
 OURS = "SNGD by the plan"
 BATCHES = (20, 100, 500)
 SWITCHES = ("highest", "high")  # "high" for the form with one barrier a step
@@ -126,14 +127,16 @@ def steps(device: torch.device) -> list[dict[str, Any]]:
 
 
 def many_models(
-    device: torch.device, counts: tuple[int, ...] = MODELS, steps: int = 200, n_in: int = 784, hidden: int = 100
+    device: torch.device, counts: tuple[int, ...] = MODELS, steps: int = 200, nets: tuple[tuple[int, ...], ...] = SIDE_BY_SIDE
 ) -> list[dict[str, Any]]:
-    """Samples a second of all models of one hidden layer side by side, batch 20, as a multiple of those of the first count."""
+    """Samples a second of all models of a net side by side, batch 20, as a multiple of those of the first count."""
     rows: list[dict[str, Any]] = []
-    for precision in SWITCHES:
+    for (n_in, *widths), precision in itertools.product(nets, SWITCHES):
+        name = "-".join(map(str, (n_in, *widths)))
         for count in counts:
             problems = [
-                moved(make_problem(seed=seed, rows=20 * steps, n_in=n_in, widths=(hidden, 10)), device) for seed in range(count)
+                moved(make_problem(seed=seed, rows=20 * steps, n_in=n_in, widths=tuple(widths)), device)
+                for seed in range(count)
             ]
             names = ("weight", "bias", "x", "target", "suffix", "activation", "loss")
             calls = [
@@ -141,9 +144,9 @@ def many_models(
             ]
             with matmul_precision(precision):
                 took = gpu_limits.microseconds(lambda calls=calls: ops.sngd_epochs_(calls), device, 5)  # type: ignore[misc]
-            rows.append({"precision": precision, "models": count, "samples_per_second": count * 20 * steps * 1e6 / took})
-            rows[-1]["times_of_the_first"] = rows[-1]["samples_per_second"] / next(
-                row["samples_per_second"] for row in rows if row["precision"] == precision
-            )
-            print(f"{count:>3} models, {precision}: {rows[-1]['times_of_the_first']:.2f} times")
+            each = count * 20 * steps * 1e6 / took
+            rows.append({"net": name, "precision": precision, "models": count, "samples_per_second": each})
+            alike = [row["samples_per_second"] for row in rows if (row["net"], row["precision"]) == (name, precision)]
+            rows[-1]["times_of_the_first"] = each / alike[0]
+            print(f"{count:>3} models of {name}, {precision}: {each / alike[0]:.2f} times")
     return rows

@@ -1,6 +1,7 @@
 """The script that proves the kernels on a GPU is rehearsed without one, so that it runs when there is one."""
 
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -62,7 +63,7 @@ from dante_kernels.kernels import barrier
 cpu = torch.device("cpu")
 barrier.counters(cpu, 1).fill_(5)  # as a launch that was broken off leaves it: a barrier there would never end
 found = gpu_check.gpu_limits.measure(cpu, few=True)["device"]
-rows = gpu_check.gpu_timings.many_models(cpu, counts=(1, 2), steps=1, n_in=20, hidden=8)
+rows = gpu_check.gpu_timings.many_models(cpu, counts=(1, 2), steps=1, nets=((20, 8, 10), (20, 8, 6, 10)))
 print(json.dumps([found, rows]))
 """
 
@@ -79,7 +80,8 @@ def test_what_is_measured_on_a_gpu_is_rehearsed(gpu_check):
     assert set(found) | {"barrier", "barrier_program"} < set(cost.Device._fields)
     assert all(number["assumed"] == getattr(cost.H200, name) for name, number in found.items())
     assert gpu_check.gpu_limits.line({1: 1.0, 3: 2.0, 5: 3.0}) == pytest.approx((0.5, 0.5))
-    assert [(row["precision"], row["models"]) for row in rows] == [("highest", 1), ("highest", 2), ("high", 1), ("high", 2)]
+    kinds = itertools.product(("20-8-10", "20-8-6-10"), ("highest", "high"), (1, 2))
+    assert [(row["net"], row["precision"], row["models"]) for row in rows] == [*kinds]
     assert rows[2]["times_of_the_first"] == 1
 
 

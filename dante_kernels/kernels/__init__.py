@@ -7,25 +7,30 @@ Under TRITON_INTERPRET=1 the same kernels run on CPU tensors. Importing this com
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import fused, graphs, library, one_launch, plan, streamed
+from . import branches, fused, graphs, library, one_launch, plan, streamed
 from .fused import Call, Layer, Pass, chain, forward
 
 __all__ = [
     "blocks_tiles",
     "layer_forward",
     "layer_gradient",
+    "overlapping",
     "recorded",
     "sngd_blocks_",
     "sngd_epoch_",
     "sngd_epochs_",
     "sngd_step_",
+    "waiting_programs",
 ]
+
+T = TypeVar("T")
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -47,6 +52,28 @@ def recorded(
     """`graphs.run` on the device of what changes, which need not be the current one."""
     with _on_device_of(next(tensor for tensor in changing if tensor is not None)):
         return graphs.run(function, arguments, changing, launches)
+
+
+def overlapping(tensor: Tensor, jobs: Sequence[Callable[[], T]], waiting: int) -> list[T]:
+    """`branches.run` on a tensor's device, which need not be the current one.
+
+    In a job's launch up to `waiting` programs wait for each other, so those of all jobs that overlap must find room at once.
+    """
+    at_once = _most_programs(tensor) // waiting if waiting else branches.MOST
+    with _on_device_of(tensor):
+        return branches.run(tensor, jobs, at_once)
+
+
+def waiting_programs(weights: list[Tensor], bias: bool, rows: int, x_dtype: torch.dtype, loss: int, momentum: bool) -> int:
+    """How many programs wait for each other in a pass on the first of these layers, in mini-batches of so many rows."""
+    tiles = _choice(weights, bias, rows, x_dtype, loss, momentum).tiles
+    return tiles.programs if tiles else 0
+
+
+def _choice(weights: list[Tensor], bias: bool, rows: int, x_dtype: torch.dtype, loss: int, momentum: bool) -> plan.Choice:
+    widths = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
+    shape = plan.Shape(widths, rows, loss, bias, momentum, x_dtype, torch.get_float32_matmul_precision())
+    return plan.choose(shape, plan.device_of(weights[0].device), _most_programs(weights[0]), plan.wanted_plan())
 
 
 def layer_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float], x_scale: float = 1.0) -> Tensor:
@@ -106,27 +133,23 @@ def sngd_epoch_(*arguments: Any) -> tuple[Tensor, Tensor]:
 def sngd_epochs_(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
     """`sngd_epoch_` for models side by side: calls alike in everything but their tensors' addresses and values.
 
-    In one launch where the persistent plan serves, or as few as there is room for on the device; else one after the other.
-    Each has the bits that it would have alone.
+    In one launch where the persistent plan serves, or as few as there is room for on the device; else each in launches of its
+    own, which overlap. Each has the bits that it would have alone.
     """
     return _side_by_side([Call(*call) for call in calls])
 
 
 def _side_by_side(group: list[Call]) -> list[tuple[Tensor, Tensor]]:
     one = group[0]
-    most = _most_programs(one.weight)
-    shape = plan.Shape(
-        _widths(one.layers), min(one.batch_size, one.rows), one.loss, one.bias is not None, one.velocity_weight is not None,
-        one.x.dtype, torch.get_float32_matmul_precision(),
-    )  # fmt: skip
-    choice = plan.choose(shape, plan.device_of(one.weight.device), most, plan.wanted_plan())
+    weights, rows = [layer.weight for layer in one.layers], min(one.batch_size, one.rows)
+    choice = _choice(weights, one.bias is not None, rows, one.x.dtype, one.loss, one.velocity_weight is not None)
     with _on_device_of(one.weight):
         if choice.tiles is None:
             launches = choice.launches * -(-one.rows // one.batch_size)
             run = {"streamed": streamed.run, "fused": fused.run, "library": library.run}[choice.plan]
-            done = [recorded(run, tuple(call), (call.order, call.lr), launches) for call in group]
-            return [(losses, norms) for losses, norms in done]
-        at_once = most // choice.tiles.programs
+            jobs = [functools.partial(recorded, run, tuple(call), (call.order, call.lr), launches) for call in group]
+            return [(losses, norms) for losses, norms in overlapping(one.weight, jobs, 0)]
+        at_once = _most_programs(one.weight) // choice.tiles.programs
         results: list[tuple[Tensor, Tensor]] = []
         for first in range(0, len(group), at_once):
             models = [one_launch.model(call) for call in group[first : first + at_once]]
@@ -134,10 +157,6 @@ def _side_by_side(group: list[Call]) -> list[tuple[Tensor, Tensor]]:
                 models, one.layers, one.batch_size, one.loss, one.momentum, one.nesterov, one.x_scale, choice.tiles
             )
     return results
-
-
-def _widths(layers: list[Layer]) -> tuple[int, ...]:
-    return (layers[0].n_in, *(layer.n_out for layer in layers))
 
 
 def blocks_tiles(widths: list[int], batch_size: int, loss: int, momentum: bool, steps: float, x: Tensor) -> Any:

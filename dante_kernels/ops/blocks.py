@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -73,6 +74,11 @@ def block_launcher(
         return Launcher(serving, None)
     widths = [weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
     return Launcher(serving, serving.blocks_tiles(widths, min(batch_size, x.shape[0]), losses.code(loss), momentum, steps, x))
+
+
+def launches_of_step(layers: int) -> int:
+    """How many launches a step takes at most, in a net of so many layers."""
+    return 4 * layers + 3
 
 
 def step_length(rate: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -216,7 +222,8 @@ class Round(NamedTuple):
 
 
 def sngd_blocks_(rounds: Sequence[Round]) -> list[tuple[Tensor, Tensor, Tensor] | Exception]:
-    """Each model's round, in place, without waiting for the device; those alike that are one launch share as few as can be.
+    """Each model's round, in place, without waiting for the device. Those alike that are one launch share as few as can be;
+    those that are recorded and replayed overlap.
 
     Weights, biases and velocities are **mutated**; no two rounds may share them. Bits are those of each round alone.
 
@@ -231,16 +238,19 @@ def sngd_blocks_(rounds: Sequence[Round]) -> list[tuple[Tensor, Tensor, Tensor] 
         for i, one in enumerate(rounds):
             try:
                 calls[i] = one.arguments()
-                if not one.launcher.whole:
-                    results[i] = _replayed(one.launcher.serving, calls[i])
-                    registration.count_up(one.changed)
             except Exception as error:
                 results[i] = error
             else:
-                if one.launcher.whole:
-                    same = (calls[i][TABLE].numpy().tobytes(), *map(checks.kind, calls[i]))
-                    groups.setdefault((*one.launcher, *same), []).append(i)
+                whole = one.launcher.whole
+                same = (calls[i][TABLE].numpy().tobytes(), *map(checks.kind, calls[i])) if whole else (one.x.device,)
+                groups.setdefault((*one.launcher, *same), []).append(i)
         for (serving, tiles, *_), members in groups.items():
+            if tiles is None:
+                jobs = [functools.partial(_replayed, serving, calls[i]) for i in members]
+                waiting = max(_waiting(serving, rounds[i], calls[i]) for i in members) if len(members) > 1 else 0
+                results.update(zip(members, serving.overlapping(rounds[members[0]].x, jobs, waiting), strict=True))
+                registration.count_up(t for i in members if not isinstance(results[i], Exception) for t in rounds[i].changed)
+                continue
             try:
                 done = serving.sngd_blocks_([(*calls[i], tiles) for i in members])
             except Exception as error:
@@ -251,10 +261,26 @@ def sngd_blocks_(rounds: Sequence[Round]) -> list[tuple[Tensor, Tensor, Tensor] 
     return [results[i] for i in range(len(rounds))]
 
 
-def _replayed(serving: Any, call: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _waiting(serving: Any, one: Round, call: tuple[Any, ...]) -> int:
+    """How many programs wait for each other in any of a round's passes."""
+    weights, biases, x, *_, pieces, batch_size, _, loss = call[: TABLE + 4]
+    passes = {(layer, min(stop - start, batch_size)) for start, stop, layer, _ in _numbers(pieces)}
+    counts = (
+        serving.waiting_programs(
+            weights[layer:], biases[layer] is not None, rows, weights[layer].dtype if layer else x.dtype, loss, one.momentum > 0
+        )
+        for layer, rows in passes
+    )
+    return max(counts)
+
+
+def _replayed(serving: Any, call: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor] | Exception:
     rows, pieces, batch_size = call[TABLE - 1 : TABLE + 2]
     steps = sum(-(-(stop - start) // batch_size) for start, stop, *_ in _numbers(pieces))
-    found: tuple[Tensor, Tensor, Tensor] = serving.recorded(
-        _apart, (serving, *call), (rows, call[LENGTHS]), steps * (4 * len(call[0]) + 3)
-    )
+    try:
+        found: tuple[Tensor, Tensor, Tensor] = serving.recorded(
+            _apart, (serving, *call), (rows, call[LENGTHS]), steps * launches_of_step(len(call[0]))
+        )
+    except Exception as error:  # one model must not end the others
+        return error
     return found

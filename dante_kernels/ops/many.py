@@ -64,7 +64,7 @@ def sngd_epochs_(calls: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tenso
 
     Equal, bit for bit, to calling `sngd_epoch_` with each in turn. Calls of one kind, which have the same shapes, strides,
     dtypes, device, mini-batch, activations, loss and momentum, go to the backend together where it has a kernel for that;
-    else they run one after the other. Only tensors' values, lr's among them, may differ then.
+    else each by itself, on a GPU on streams side by side. Only tensors' values, lr's among them, may differ then.
 
     Args:
         calls: for each layer the arguments of `sngd_epoch_` by name. Weights, biases and velocities are **mutated**; they

@@ -15,7 +15,6 @@ from ..ops.checks import number
 from .directions import MOMENTUM
 from .fit import PRECISIONS, _device, _whole
 from .schedules import INNER_STEPS
-from .trainer import STEPS_AT_ONCE
 
 if TYPE_CHECKING:
     from ..kernels import plan
@@ -86,9 +85,7 @@ class Explanation:
             groups = f"{self.blocks.split_out} x {self.blocks.split_in} programs, {self.blocks.microseconds:.1f} us a step"
             rate.append(f"a round of blocks of {INNER_STEPS} steps, fit's default, is one launch of {groups} of either layer")
         elif rate and self.replayed:
-            rate.append(
-                f"blocks of {INNER_STEPS} steps, fit's default, are replayed from CUDA graphs of about {STEPS_AT_ONCE} steps"
-            )
+            rate.append(f"blocks of {INNER_STEPS} steps, fit's default, are replayed from CUDA graphs")
         return "\n".join([self.heading, "", *table, "", *reasons, *rate, self.served_by])
 
     __repr__ = __str__

@@ -42,9 +42,9 @@ def fit_many(models: Sequence[nn.Module], x: Any, y: Any = None, **settings: Any
 
     On the CPU each model has a thread of its own, as many at a time as torch.get_num_threads(). On a GPU the models that are
     at a pass of one kind (see `ops.sngd_epochs_`) make it in one launch where there is a kernel for it; so do they with a
-    whole round where `fit` has it in one launch, and other short blocks are made model by model (docs/plans.md). Weights and
-    records, but for the seconds, are those of `fit` alone with the same settings: bit for bit where the operators' bits
-    depend on nothing else (``cpp``, ``triton``).
+    whole round where `fit` has it in one launch; all else is launched model by model, on streams side by side
+    (docs/plans.md). Weights and records, but for the seconds, are those of `fit` alone with the same settings: bit for bit
+    where the operators' bits depend on nothing else (``cpp``, ``triton``).
     The reference and fine-tuning compute with torch's products, whose bits may depend on the number of threads; there they
     are those of `fit` with one thread.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ..network import Network
 from ..ops import Layer
-from ..ops.blocks import Block, Launcher, Round, Velocity, block_launcher, step_length
+from ..ops.blocks import Block, Launcher, Round, Velocity, block_launcher, launches_of_step, step_length
 from . import bounds, checkpoint, directions, finetune
 from .history import BlockRecord, History, RoundRecord
 from .problem import Problem, RowStream, evaluate, scale_of
@@ -24,7 +23,7 @@ from .schedules import Phase, Schedule
 LearningRate = float | Sequence[float] | Callable[[int], float | Sequence[float]]
 Callback = Callable[[History], Any]
 
-STEPS_AT_ONCE = 256  # of blocks that are recorded and replayed in one call
+LAUNCHES_AT_ONCE = 2**14  # about as many in one call, of blocks that are recorded and replayed
 
 # Training that leaves its passes to whoever drives it. It yields the arguments of `ops.sngd_epoch_` by name, or a `Round`, and
 # is sent the result; None, and is sent None, before each block, or call of several, and each epoch of fine-tuning, where it may
@@ -67,15 +66,25 @@ class Settings:
         return self.direction == "nesterov"
 
 
-@dataclass
-class _Turn:
-    """What one block left on the device."""
+class _Turns(NamedTuple):
+    """What a block, or several in one call, left on the device."""
 
-    layer: int
-    lr: Tensor
-    losses: Tensor
+    layers: Sequence[int]
+    steps: Sequence[int]
+    lr: Tensor  # of each block
+    losses: Tensor  # of each step of all of them
     norms: Tensor
-    seconds: Callable[[], float]
+    seconds: Callable[[], float]  # of the call
+
+
+def steps_at_once(layers: int) -> int:
+    """About how many steps of blocks that are recorded and replayed are one call, in a net of so many layers."""
+    return max(1, LAUNCHES_AT_ONCE // launches_of_step(layers))
+
+
+def _blocks(turns: Sequence[_Turns]) -> tuple[list[int], Any]:
+    """The layers of all blocks, and an array of their steps."""
+    return [layer for some in turns for layer in some.layers], np.array([count for some in turns for count in some.steps])
 
 
 def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
@@ -190,7 +199,7 @@ class Trainer:
             at.objective = self._objective(phase, at.problem)
         before = self.state()
         turns = yield from self._run_round(phase, at.problem, rates)
-        norms = torch.cat([turn.norms for turn in turns]).cpu()
+        norms = torch.cat([some.norms for some in turns]).cpu()
         bad = (~torch.isfinite(norms)).nonzero()
         if len(bad):
             yield from self._raise_non_finite(before, phase, at, rates, turns, int(bad[0]), float(norms[bad[0]]))
@@ -213,7 +222,7 @@ class Trainer:
 
     def _run_round(
         self, phase: Phase, problem: Problem, rates: list[float], until: tuple[int, int] | None = None
-    ) -> Passes[list[_Turn]]:
+    ) -> Passes[list[_Turns]]:
         """All turns of a round; with `until` (turn, steps) only those before that turn and that many steps of it."""
         steps_per_pass = -(-self.x.shape[0] // self.settings.batch_size)
         lengths = self.settings.schedule.blocks(steps_per_pass)
@@ -222,7 +231,7 @@ class Trainer:
         at_once = len(turns)
         if launcher is not None and not launcher.whole:
             # Each call has whole cycles, a block of each layer, and as many of them as the others.
-            calls = -(-sum(steps for _, steps, _ in turns) // STEPS_AT_ONCE)
+            calls = -(-sum(steps for _, steps, _ in turns) // steps_at_once(len(phase.chain)))
             at_once = len(turns) // len(lengths) * -(-len(lengths) // min(calls, len(lengths)))
         if until is not None:
             turns = [*turns[: until[0]], *([(turns[until[0]][0], until[1], turns[until[0]][1])] if until[1] else [])]
@@ -231,7 +240,7 @@ class Trainer:
             for first in range(0, len(turns), at_once):
                 yield None
                 some = [turn[:2] for turn in turns[first : first + at_once]]
-                done += yield from self._run_blocks_at_once(launcher, phase, problem, rates, some)
+                done.append((yield from self._run_blocks_at_once(launcher, phase, problem, rates, some)))
             return done
         for layer, steps, whole in turns:
             done.append((yield from self._run_block(phase, problem, layer, steps, rates[layer], whole >= steps_per_pass)))
@@ -256,8 +265,8 @@ class Trainer:
 
     def _run_blocks_at_once(
         self, launcher: Launcher, phase: Phase, problem: Problem, rates: list[float], turns: list[tuple[int, int]]
-    ) -> Passes[list[_Turn]]:
-        """Blocks of (layer, steps) in one call; each takes its part, by its steps, of the call's seconds."""
+    ) -> Passes[_Turns]:
+        """Blocks of (layer, steps) in one call."""
         settings, stop = self.settings, _stopwatch(self.device)
         assert problem.target is not None
         blocks = [
@@ -269,16 +278,10 @@ class Trainer:
             momentum=settings.momentum, nesterov=settings.nesterov, relative_lr=settings.relative_lr,
             reset_momentum=settings.reset_momentum, x_scale=scale_of(problem.x, settings.x_scale),
         )  # fmt: skip
-        seconds, sizes = functools.cache(stop()), [steps for _, steps in turns]
-        every_step = len(norms)
+        layers, sizes = zip(*turns, strict=True)
+        return _Turns(layers, sizes, lengths, values, norms, stop())
 
-        def part_of_time(steps: int) -> Callable[[], float]:
-            return lambda: seconds() * steps / every_step
-
-        parts = zip(turns, lengths, values.split(sizes), norms.split(sizes), strict=True)
-        return [_Turn(layer, lr, losses, part, part_of_time(steps)) for (layer, steps), lr, losses, part in parts]
-
-    def _run_block(self, phase: Phase, problem: Problem, layer: int, steps: int, rate: float, keep: bool) -> Passes[_Turn]:
+    def _run_block(self, phase: Phase, problem: Problem, layer: int, steps: int, rate: float, keep: bool) -> Passes[_Turns]:
         """`steps` mini-batches on one layer; `keep` says that the block sees every row."""
         yield None
         settings, layers = self.settings, self.network.layers
@@ -308,12 +311,14 @@ class Trainer:
                 call = arguments | piece._asdict() | {"x_scale": scale_of(piece.x, settings.x_scale)}
                 results.append((yield call | sngd) if rule is None else rule.epoch_(**call))
         losses, norms = (torch.cat(part) for part in zip(*results, strict=True))
-        return _Turn(layer, lr, losses, norms, stop())
+        return _Turns([layer], [len(norms)], lr[None], losses, norms, stop())
 
-    def _record(self, at: checkpoint.Position, turns: list[_Turn], norms: Tensor, seconds: float) -> None:
-        losses = torch.cat([turn.losses for turn in turns]).cpu()
-        rates = torch.stack([turn.lr for turn in turns]).tolist()
-        steps = np.array([turn.losses.shape[0] for turn in turns])
+    def _record(self, at: checkpoint.Position, turns: list[_Turns], norms: Tensor, seconds: float) -> None:
+        losses = torch.cat([some.losses for some in turns]).cpu()
+        rates = torch.cat([some.lr for some in turns]).tolist()
+        layers, steps = _blocks(turns)
+        # Of blocks in one call each has its part, by its steps, of the call's seconds.
+        a_step = np.repeat([some.seconds() / len(some.norms) for some in turns], [len(some.steps) for some in turns]).tolist()
         starts, every_norm = np.cumsum(steps) - steps, norms.double().numpy()
         means = (np.add.reduceat(values, starts) / steps for values in (losses.double().numpy(), every_norm))
         of_turns = (
@@ -322,16 +327,16 @@ class Trainer:
         )  # fmt: skip
         widths = [weight.numel() + (0 if bias is None else bias.numel()) for weight, bias, _ in self.network.layers]
         coasts = [rule is not None and rule.coasts for rule in self.rules]
-        for turn, lr, *found in zip(turns, rates, *(column.tolist() for column in of_turns), strict=True):
-            count, zeros, loss, norm_mean, norm_min, norm_max = found
-            skipped = 0 if coasts[turn.layer] else zeros
-            self.weights_updated += widths[turn.layer] * (count - skipped)
+        columns = layers, rates, a_step, *(column.tolist() for column in of_turns)
+        for layer, lr, each, count, zeros, loss, norm_mean, norm_min, norm_max in zip(*columns, strict=True):
+            skipped = 0 if coasts[layer] else zeros
+            self.weights_updated += widths[layer] * (count - skipped)
             self.history.blocks.append(
                 BlockRecord(
                     phase=at.phase,
                     round=len(self.history.rounds),
-                    layer=turn.layer,
-                    name=self.network.names[turn.layer],
+                    layer=layer,
+                    name=self.network.names[layer],
                     lr=lr,
                     steps=count,
                     skipped=skipped,
@@ -340,7 +345,7 @@ class Trainer:
                     norm_min=norm_min,
                     norm_max=norm_max,
                     weights_updated=self.weights_updated,
-                    seconds=turn.seconds(),
+                    seconds=each * count,
                 )
             )
         self._record_round(at.phase, float(losses.mean()), len(losses), seconds)
@@ -400,19 +405,19 @@ class Trainer:
         phase: Phase,
         at: checkpoint.Position,
         rates: list[float],
-        turns: list[_Turn],
+        turns: list[_Turns],
         step: int,
         norm: float,
     ) -> Passes[NoReturn]:
         """Go back to the weights before the first step that was not finite, and say where that was."""
-        index = 0
-        while step >= len(turns[index].norms):
-            step -= len(turns[index].norms)
-            index += 1
+        layers, steps = _blocks(turns)
+        ends = np.cumsum(steps)
+        index = int(np.searchsorted(ends, step, side="right"))
+        step -= int(ends[index] - steps[index])
         self.restore(before)
         assert at.problem is not None
         yield from self._run_round(phase, at.problem, rates, until=(index, step))
-        layer = turns[index].layer
+        layer = layers[index]
         raise NonFiniteError(
             f"layer {layer} ({self.network.names[layer]!r}), round {len(self.history.rounds)}, step {step} of its block "
             f"{index}: the gradient's norm is {norm}; look for NaN or infinity in x and y, or lower lr. "

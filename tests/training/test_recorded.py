@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dante_kernels as dk
 from dante_kernels import kernels
 from dante_kernels.kernels import graphs, launcher
+from dante_kernels.ops.blocks import launches_of_step
 from dante_kernels.training import trainer
 from dante_kernels.training.trainer import Trainer
 
@@ -117,7 +118,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 @pytest.mark.parametrize("at_once", [6, 256])
 def test_replayed_blocks_have_the_bits_of_block_after_block(how, at_once, recorder, monkeypatch):
     """At once one cycle of the layers' blocks, of which the last are of one step, or all of a round."""
-    monkeypatch.setattr(trainer, "STEPS_AT_ONCE", at_once)
+    monkeypatch.setattr(trainer, "LAUNCHES_AT_ONCE", at_once * launches_of_step(3))
     model = net(6, 5, 4, 3, bias="loss" not in how)
     plain, alone = copy.deepcopy(model), copy.deepcopy(model)
     ours = numbers(model, train(model, **how))
