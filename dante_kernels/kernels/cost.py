@@ -28,7 +28,6 @@ class Device(NamedTuple):
     barrier_program: float = 0.0035  # and of each program more
     tile: float = 0.5  # microseconds of latency that each further tile of rows adds to a step of the persistent plan
     block: float = 25.0  # microseconds that a block costs beside its steps: prefix product, rows, launches, W in and out
-    host_block: float = 15.0  # microseconds that a recorded block keeps Python busy: measured on a Zen 4 CPU, without kernels
     launch: float = 1.3  # microseconds of a launch that waits for the one before it, in a CUDA graph
     host_launch: float = 5.5  # microseconds of one from Python without a graph
     l2_per_multiprocessor: float = 0.12  # MB a microsecond that one multiprocessor reads from L2

@@ -29,7 +29,8 @@ from . import plan
 ENVIRONMENT_VARIABLE = "DANTE_CUDA_GRAPHS"
 MOST_GRAPHS = 256
 MOST_BYTES = 2**30
-MOST_LAUNCHES = 2**16  # a node takes about a kilobyte of the host's memory, and of the device's
+NODE_BYTES = 2**10  # about what a launch takes of the host's memory, and of the device's
+MOST_LAUNCHES = 2**16
 
 logger = logging.getLogger("dante_kernels")
 
@@ -69,7 +70,8 @@ class CudaRecorder:
         Not by torch.cuda.graph, which waits for the device and gives back all cached memory: then the next activations
         would lie at other addresses, and no graph of them be found again.
         """
-        graph, current, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+        # Of another priority than `branches`' streams, which another thread may give work to meanwhile: so it is none of them.
+        graph, current, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream(priority=-1)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             # cuBLAS's workspace must be the graph's own: neither one that lies elsewhere and may go, nor one that is handed on
@@ -161,11 +163,11 @@ class Graphs:
                 plan.wanted_plan(),
                 *_fingerprint(arguments, changing),
             )
-            return self._run(key, function, arguments, changing)
+            return self._run(key, function, arguments, changing, launches)
         finally:
             self._lock.release()
 
-    def _run(self, key: Hashable, function: Function, arguments: tuple[Any, ...], changing: Changing) -> Results:
+    def _run(self, key: Hashable, function: Function, arguments: tuple[Any, ...], changing: Changing, launches: int) -> Results:
         entry, first = self.entries.get(key), key not in self.entries
         if entry is None:
             entry = _Entry(_like(changing))
@@ -180,7 +182,8 @@ class Graphs:
         if entry.recording is None:
             arguments = _with_own(arguments, changing, entry.own)
             try:
-                entry.recording = self.recorder.record(lambda: function(*arguments))
+                recording = self.recorder.record(lambda: function(*arguments))
+                entry.recording = recording._replace(bytes=recording.bytes + NODE_BYTES * launches)
             except RuntimeError as error:
                 logger.warning("no CUDA graphs from now on, since recording one failed: %s", error)
                 self.usable = False

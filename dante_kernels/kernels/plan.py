@@ -180,7 +180,7 @@ def blocks(shape: Shape, steps: float, most_programs: int, device: Device = H200
     if both is None or None in alone or wanted == "persistent":
         return both
     in_turn = steps * sum(tiles.microseconds for tiles in alone if tiles) + 2 * device.block
-    return both if 2 * steps * both.microseconds < SHARED * max(in_turn, 2 * device.host_block) else None
+    return both if 2 * steps * both.microseconds < SHARED * in_turn else None
 
 
 # The plans that a pass may be given; `kernels.sngd_epochs_` runs them.

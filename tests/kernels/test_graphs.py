@@ -199,6 +199,7 @@ def test_the_least_recently_used_graphs_go_first(recorder, monkeypatch):
 
     problems = [problem(seed) for seed in range(0, 8, 2)]
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
+    monkeypatch.setattr(graphs, "NODE_BYTES", 0)
     assert [recorded_for(p) for p in problems[:3]] == [True] * 3
     assert not recorded_for(problems[0])
     assert recorded_for(problems[3])  # in the place of the second
@@ -207,6 +208,9 @@ def test_the_least_recently_used_graphs_go_first(recorder, monkeypatch):
     monkeypatch.setattr(graphs, "MOST_BYTES", 2500)  # two of 1000 bytes and what they copy
     assert recorded_for(problems[2])
     assert len(graphs._shared.entries) == 2
+    monkeypatch.setattr(graphs, "NODE_BYTES", 1000)  # of a launch, of which there are several
+    assert recorded_for(problems[3])
+    assert len(graphs._shared.entries) == 1
     monkeypatch.setattr(graphs, "MOST_BYTES", 10)
     assert recorded_for(problems[0])  # too large alone, but it is the one in use
     assert len(graphs._shared.entries) == 1
