@@ -29,8 +29,8 @@ from dante_kernels import data
 from dante_kernels.reproduce import runs
 from dante_kernels.reproduce.problems import Problem
 
-from . import defaults_long, defaults_uci
-from .defaults_rows import ROWS, Row, best, case, for_fit, key, of, read, usual
+from . import defaults_changes, defaults_long, defaults_uci
+from .defaults_rows import ROWS, Row, best, case, for_fit, in_turn, key, of, read, usual
 
 EPOCHS, BATCH = 8, 100
 ONE, TWO, THREE, FIVE = "784-100-10", "784-400-200-10", "784-400-200-100-10", "784-600-400-200-100-50-10"
@@ -46,56 +46,18 @@ SGD_RATES = {
     ("sigmoid", "mse"): (0.03, 0.1, 0.3, 1.0),
     ("sigmoid", "cross_entropy"): (0.03, 0.1, 0.3, 1.0),
 }
+# Those with which DANTE's rate was searched too.
 GRIDS = [
-    *(("mnist", net, "leaky_relu", loss) for loss in ("mse", "cross_entropy") for net in (ONE, TWO, THREE)),
-    *(("mnist", net, "sigmoid", loss) for loss in ("mse", "cross_entropy") for net in (ONE, TWO)),
-    *(("fashion-mnist", net, "leaky_relu", loss) for loss in ("mse", "cross_entropy") for net in (ONE, THREE)),
-    ("mnist", FIVE, "leaky_relu", "mse"),
+    *itertools.product(("mnist", "fashion-mnist"), (ONE, THREE), ("leaky_relu",), ("mse", "cross_entropy")),
+    *itertools.product(("mnist", "fashion-mnist"), (ONE,), ("sigmoid",), ("mse", "cross_entropy")),
 ]
-# Rates beyond a grid whose edge was the best.
-BEYOND = [
-    *((("mnist", net, "leaky_relu", "mse"), 0.0079) for net in (ONE, TWO)),
-    *((("mnist", net, "leaky_relu", "cross_entropy"), 0.0098) for net in (ONE, TWO, THREE)),
-    *((("fashion-mnist", net, "leaky_relu", "cross_entropy"), 0.0098) for net in (ONE, THREE)),
-    (("fashion-mnist", ONE, "leaky_relu", "mse"), 0.0079),
-    (("mnist", FIVE, "leaky_relu", "mse"), 0.002),
-    (("mnist", ONE, "sigmoid", "mse"), 0.0059),
-    (("mnist", TWO, "sigmoid", "cross_entropy"), 0.0015),
-]
-# Nets that the papers have beside them; with these DANTE's rate was not searched at all, nor SGD's but for the better of two.
-MORE_NETS = [("mnist", net, "leaky_relu", "mse") for net in ("784-250-10", "784-600-10", "784-100-100-10")]
-# All others of the papers' nets, with either data, activation and loss, of six layers with leaky ReLU only. With these only
-# SGD's rate was searched.
-NETS = (ONE, "784-250-10", "784-400-10", "784-600-10", "784-100-100-10", TWO, THREE)
+# The papers' nets with either data, activation and loss, of six layers with leaky ReLU only.
 EVERY_NET = [
-    grid
-    for net in NETS
-    for grid in itertools.product(("mnist", "fashion-mnist"), (net,), ("leaky_relu", "sigmoid"), ("mse", "cross_entropy"))
-    if grid not in (*GRIDS, *MORE_NETS)
-]
-EVERY_NET += [
-    ("fashion-mnist", FIVE, "leaky_relu", "mse"),
-    *((data_set, FIVE, "leaky_relu", "cross_entropy") for data_set in ("mnist", "fashion-mnist")),
-]
-# One setting changed at a time from heavy ball at 0.003 without a bound, with the rate that it then takes; plain SGD's is for
-# cross-entropy.
-VARIANTS: list[tuple[float, Row]] = [
-    (0.003, {"output_rate": 0.3}),
-    (0.003, {"output_rate": 0.1}),
-    (0.003, {"inner_steps": 5}),
-    (0.003, {"inner_steps": 60}),
-    (0.003, {"inner_steps": 600}),
-    (0.02, {"momentum": 0.0}),
-    (0.003, {"reset_momentum": True}),
-    (0.03, {"relative_lr": False}),
-    (0.003, {"direction": "nesterov"}),
-    (0.03, {"direction": "sgd", "relative_lr": False}),
-    (0.003, {"order": "output first"}),
-    (0.003, {"lr_schedule": "constant"}),
-    (0.003, {"lr_schedule": "warm-up"}),
-    (0.003, {"batches": "growing"}),
-    (0.003, {"initialisation": "He"}),
-    (0.003, {"initialisation": "orthogonal"}),
+    (data_set, net, activation, loss)
+    for net in (ONE, "784-250-10", "784-400-10", "784-600-10", "784-100-100-10", TWO, THREE, FIVE)
+    for activation in (("leaky_relu",) if net == FIVE else ("leaky_relu", "sigmoid"))
+    for data_set in ("mnist", "fashion-mnist")
+    for loss in ("mse", "cross_entropy")
 ]
 
 
@@ -106,7 +68,6 @@ def cosine(round_: float, rounds: float) -> float:
 
 SCHEDULES: dict[str, str | Callable[[int, int], float]] = {
     "cosine": "cosine",
-    "constant": "constant",
     "warm-up": lambda round_, rounds: 0.3 if round_ == 0 else cosine(round_ - 1, rounds - 1),
 }
 INITIALISATIONS: dict[str, Callable[[torch.Tensor], object]] = {
@@ -125,52 +86,24 @@ class OutputFirst(dk.RoundRobin):
 
 
 def cases() -> Iterator[Row]:
-    """All trainings: the grids of rates, more seeds, and the variants; SGD's further seeds once its rates have rows."""
-    for grid in (*MORE_NETS, *GRIDS, *EVERY_NET):
-        rate, settings = usual(*grid[2:])
-        yield from (case(*grid, "dante", rate, seed, **settings) for seed in range(3))
-    for grid in GRIDS:
-        _, settings = usual(*grid[2:])
-        yield from (case(*grid, "dante", rate, 0, **settings) for rate in DANTE_RATES[grid[2:]])
-        yield from (case(*grid, "sgd", rate, 0) for rate in SGD_RATES[grid[2], grid[3]])
-    yield from (case(*grid, "dante", rate, 0, **usual(*grid[2:])[1]) for grid, rate in BEYOND)
-    for _, net, *_ in (*MORE_NETS, *GRIDS[:3]):
-        yield from (case("mnist", net, "leaky_relu", "mse", "dante", 0.003, seed) for seed in range(3))
-        yield from (case("mnist", net, "leaky_relu", "mse", "sgd", rate, seed) for rate in (0.3, 1.0) for seed in range(3))
+    """All trainings: every net, SGD's further seeds once its rates have rows; rates of DANTE; and what the other files add."""
     rows = read()
-    for grid in (*GRIDS, *EVERY_NET):
-        yield from (case(*grid, "sgd", rate, 0) for rate in SGD_RATES[grid[2], grid[3]])
-        yield from (case(*grid, "dante", 0.003, seed) for seed in range(3))
+    for grid in EVERY_NET:
+        for rate, settings in (usual(*grid[2:]), in_turn(*grid[2:])):
+            yield from (case(*grid, "dante", rate, seed, **settings) for seed in range(3))
+        yield from (case(*grid, "sgd", rate, 0) for rate in SGD_RATES[grid[2:]])
         searched = of(rows, **grid_of(grid), method="sgd", seed=0)
-        if {row["rate"] for row in searched} >= set(SGD_RATES[grid[2], grid[3]]):
+        if {row["rate"] for row in searched} >= set(SGD_RATES[grid[2:]]):
             yield from (case(*grid, "sgd", best(searched, 0), seed) for seed in range(3))
-    for net, loss, (rate, change) in itertools.product((ONE, THREE), ("mse", "cross_entropy"), VARIANTS):
-        yield case("mnist", net, "leaky_relu", loss, "dante", rate, 0, **change)
-    for net, loss in itertools.product((ONE, THREE), ("mse", "cross_entropy")):
-        for rate, settings in changes_of_usual(loss).values():
-            yield case("mnist", net, "leaky_relu", loss, "dante", rate, 0, **settings)
+    for grid in GRIDS:
+        yield from (case(*grid, "dante", rate, 0, **usual(*grid[2:])[1]) for rate in DANTE_RATES[grid[2:]])
+    yield from defaults_changes.cases()
     yield from defaults_long.cases(rows)
     yield from defaults_uci.cases()
 
 
-def changes_of_usual(loss: str) -> dict[str, tuple[float, Row]]:
-    """Changes of what `dk.fit` takes for leaky ReLU, by what the table calls them, as rate and settings."""
-    rate, settings = usual("leaky_relu", loss)
-    return {
-        "nothing": (rate, settings),
-        "no bound": (rate, {"direction": "nesterov"}),
-        "half of the bound": (rate, settings | {"max_norm": "half"}),
-        "twice the bound": (rate, settings | {"max_norm": "twice"}),
-        "heavy ball": (rate, {"max_norm": "usual"}),
-        "lr=0.003": (0.003, settings),
-        "inner_steps=5": (rate, settings | {"inner_steps": 5}),
-        "inner_steps=60": (rate, settings | {"inner_steps": 60}),
-        "lr_schedule='warm-up'": (rate, settings | {"lr_schedule": "warm-up"}),
-    }
-
-
 def grid_of(grid: tuple[str, str, str, str]) -> Row:
-    """What trainings of one of `GRIDS` with no settings of their own share."""
+    """What trainings of one net with no settings of their own share."""
     return dict(zip(("data", "net", "activation", "loss", "settings"), (*grid, {}), strict=True))
 
 
@@ -198,8 +131,7 @@ def train(row: Row, split: data.Dataset) -> Row:
         for weight in (p for p in model.parameters() if p.dim() == 2):
             initialise(weight)
     kind = OutputFirst if settings.pop("order", "") else dk.RoundRobin
-    # The rate of the output layer, as a part of the others'.
-    lr = [row["rate"]] * (len(widths) - 2) + [settings.pop("output_rate", 1.0) * row["rate"]]
+    parallel = settings.pop("parallel", False)
     lr_schedule, steps = SCHEDULES[settings.pop("lr_schedule", "cosine")], settings.pop("inner_steps", 20)
     # So many rounds of mini-batches of so many rows; two of half the size and eight of twice it make as many steps as eight.
     parts = [(2, BATCH // 2), (EPOCHS, 2 * BATCH)] if settings.pop("batches", "") else [(EPOCHS, BATCH)]
@@ -210,8 +142,8 @@ def train(row: Row, split: data.Dataset) -> Row:
             lr_schedule = functools.partial(_part_of_cosine, begin, share)
             done += rounds / size
         dk.fit(
-            model, problem.x, problem.y, loss=loss, schedule=kind(rounds=rounds, inner_epochs=1, inner_steps=steps),
-            lr=lr, lr_schedule=lr_schedule, batch_size=size, seed=row["seed"], **settings,
+            model, problem.x, problem.y, loss=loss, lr=row["rate"], lr_schedule=lr_schedule, batch_size=size,
+            schedule=kind(rounds=rounds, inner_epochs=1, inner_steps=steps, parallel=parallel), seed=row["seed"], **settings,
         )  # fmt: skip
     seconds, test = time.process_time() - start, runs.evaluate(model, split.x_test, split.y_test, loss)
     return row | validate(model, problem) | dict(zip(names[2:], (*test, seconds), strict=True))
@@ -251,32 +183,17 @@ def tables() -> str:
         ends = [f"{chosen(side)}: {shown(of(side, rate=best(side, 0)))}" for side in (ours, theirs)]
         default = shown(of(ours, rate=usual_rate))
         lines.append(f"| {grid[0]} {grid[1]} | {grid[2]}, {grid[3]} | {default} | {ends[0]} | {ends[1]} |")
-    head = "| seeds 0 to 2 | activation, loss | DANTE with nothing set | SGD's best rate | heavy ball at 0.003, no bound |"
+    head = "| seeds 0 to 2 | activation, loss | DANTE with nothing set | SGD's best rate | DANTE, blocks of 20 in turn |"
     lines += ["", head, "| --- " * 5 + "|"]
-    for grid in (*MORE_NETS, *GRIDS, *EVERY_NET):
+    for grid in EVERY_NET:
         (usual_rate, settings), theirs = usual(*grid[2:]), of_grid(grid, "sgd", {})
         whole = [row for row in theirs if len(of(theirs, rate=row["rate"])) == 3]
         rate = best(whole, 0)
         ours = shown(of(of_grid(grid, "dante", settings), rate=usual_rate), 3)
-        plain = shown(of(of_grid(grid, "dante", {}), rate=0.003), 3)
-        cells = f"{ours} | {rate:g}: {shown(of(whole, rate=rate), 3)} | {plain}"
+        turns = shown(of(of_grid(grid, "dante", in_turn(*grid[2:])[1]), rate=usual_rate), 3)
+        cells = f"{ours} | {rate:g}: {shown(of(whole, rate=rate), 3)} | {turns}"
         lines.append(f"| {grid[0]} {grid[1]} | {grid[2]}, {grid[3]} | {cells} |")
-    columns = [(net, loss) for net in (ONE, THREE) for loss in ("mse", "cross_entropy")]
-    of_columns = " | ".join(f"{net}, {loss}" for net, loss in columns)
-    lines += ["", f"| changed | {of_columns} |", "| --- " * 5 + "|"]
-    for name in changes_of_usual("mse"):
-        cells = []
-        for net, loss in columns:
-            rate, settings = changes_of_usual(loss)[name]
-            cells.append(shown(of(of_grid(("mnist", net, "leaky_relu", loss), "dante", settings), rate=rate, seed=0)))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", f"| changed from heavy ball at 0.003, no bound | {of_columns} |", "| --- " * 5 + "|"]
-    for rate, change in [(0.003, {}), *VARIANTS]:
-        name = ", ".join(f"{k}={v!r}" for k, v in change.items()) or "nothing"
-        same = {"data": "mnist", "activation": "leaky_relu", "method": "dante", "seed": 0, "rate": rate, "settings": change}
-        cells = [shown(of(rows, **same, net=net, loss=loss)) for net, loss in columns]
-        lines.append(f"| {name}{'' if rate == 0.003 else f', rate {rate:g}'} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", defaults_long.tables(rows), "", defaults_uci.table(rows)])
+    return "\n".join([*lines, "", defaults_changes.tables(rows), "", defaults_long.tables(rows), "", defaults_uci.table(rows)])
 
 
 @functools.cache

@@ -14,8 +14,9 @@ import dante_kernels as dk
 from dante_kernels import data
 from dante_kernels.reproduce import runs
 from dante_kernels.reproduce.problems import Problem
+from dante_kernels.training import schedules
 
-from .defaults_rows import Row, case, for_fit, of, usual
+from .defaults_rows import IN_PARALLEL, Row, case, for_fit, of, usual
 
 BATCH = 100
 NET = ("mnist", "784-100-100-10", "leaky_relu", "mse")
@@ -73,8 +74,8 @@ def train(row: Row, split: data.Dataset) -> Row:
         )
         return row | {name: found[name] for name in ("test_loss", "test_accuracy", "seconds")}
     model = runs.build(widths, row["activation"], row["activation"], row["seed"])
-    blocks = dk.RoundRobin(rounds=rounds, inner_epochs=1, inner_steps=20)
-    steps = for_fit({name: row["settings"][name] for name in USUAL}, widths[1:-1], loss)
+    blocks = schedules.usual(rounds, parallel=True)
+    steps = for_fit({name: row["settings"][name] for name in USUAL.keys() - IN_PARALLEL.keys()}, widths[1:-1], loss)
     dk.fit(
         model, x, y, loss=loss, schedule=blocks, lr=row["rate"], relative_lr=True, momentum=0.9, batch_size=batch,
         seed=row["seed"], **steps,

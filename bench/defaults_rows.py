@@ -10,10 +10,12 @@ from typing import Any
 
 from dante_kernels import activations
 from dante_kernels.training import directions
+from dante_kernels.training.schedules import INNER_STEPS
 
 ROWS = Path(__file__).parent / "results" / "defaults.jsonl"
 NAMES = ("data", "net", "activation", "loss", "method", "rate", "seed", "settings")  # what tells trainings apart
 Row = dict[str, Any]
+IN_PARALLEL: Row = {"inner_steps": INNER_STEPS, "parallel": True}
 
 
 def case(*values: Any, **settings: Any) -> Row:
@@ -23,6 +25,12 @@ def case(*values: Any, **settings: Any) -> Row:
 
 def usual(activation: str, loss: str) -> tuple[float, Row]:
     """The rate and the settings that `dk.fit` takes for classes where nothing is given."""
+    rate, settings = in_turn(activation, loss)
+    return rate, settings | IN_PARALLEL
+
+
+def in_turn(activation: str, loss: str) -> tuple[float, Row]:
+    """The same in blocks of 20, one layer after the other."""
     if activation != "leaky_relu":
         return directions.RELATIVE_LR_ELSEWHERE, {"direction": "nesterov"}
     rate = directions.RELATIVE_LR_MSE if loss == "mse" else directions.RELATIVE_LR_CROSS_ENTROPY

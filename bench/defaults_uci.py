@@ -16,14 +16,14 @@ import dante_kernels as dk
 from dante_kernels.reproduce import problems, runs
 from dante_kernels.reproduce.problems import Problem, Spec
 from dante_kernels.training.directions import RELATIVE_LR_MSE
-from dante_kernels.training.schedules import default_rounds
+from dante_kernels.training.schedules import default_rounds, usual
 
-from .defaults_rows import Row, best, case, of
+from .defaults_rows import IN_PARALLEL, Row, best, case, of
 
 NETS = {"airfoil": "5-100-1", "fires": "29-100-1", "ccpp": "4-100-1"}
 SEEDS = range(1, 6)  # each with a split of its own
 RATES = {"dante": (0.0004, 0.0013, RELATIVE_LR_MSE, 0.013), "sgd": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)}
-SETTINGS: dict[str, Row] = {"dante": {"direction": "nesterov"}, "sgd": {}}
+SETTINGS: dict[str, Row] = {"dante": {"direction": "nesterov", **IN_PARALLEL}, "sgd": {}}
 
 
 def cases() -> Iterator[Row]:
@@ -55,7 +55,11 @@ def _trained(row: Row, problem: Problem) -> tuple[float | None, float, float]:
         )  # fmt: skip
         return found["test_loss"], mean, time.process_time() - begin
     model = runs.build(widths, row["activation"], "identity", row["seed"])
-    dk.fit(model, problem.x, problem.y, lr=row["rate"], relative_lr=True, momentum=0.9, seed=row["seed"], **row["settings"])
+    blocks = usual(default_rounds(len(problem.x), batch), parallel=True)
+    steps = {name: value for name, value in row["settings"].items() if name not in IN_PARALLEL}
+    dk.fit(
+        model, problem.x, problem.y, schedule=blocks, lr=row["rate"], relative_lr=True, momentum=0.9, seed=row["seed"], **steps
+    )
     seconds, (loss, _) = time.process_time() - begin, runs.evaluate(model, problem.x_test, problem.y_test, row["loss"])
     return loss * problem.unit, mean, seconds
 

@@ -50,7 +50,16 @@ def train(
     inner_steps: Annotated[
         int | None,
         typer.Option(
-            help="the layers take turns of so many mini-batches", show_default="20, or a turn a round with --inner-epochs"
+            help="the layers take turns of so many mini-batches",
+            show_default="3 in parallel, 20 in turn, or a turn a round with --inner-epochs",
+        ),
+    ] = None,
+    parallel: Annotated[
+        bool | None,
+        typer.Option(
+            "--parallel/--in-turn",
+            help="in its turn a layer sees the others as they were before all layers' turns, or as the last turn left them",
+            show_default="parallel, but in turn with --lr, --inner-steps, --inner-epochs or --schedule alternating",
         ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="rows in a mini-batch", show_default="20 for digits, else 100")] = None,
@@ -96,7 +105,7 @@ def train(
     """
     with errors_in_one_line():
         from . import activations, data, losses
-        from .training.schedules import INNER_STEPS, default_rounds
+        from .training.schedules import INNER_STEPS, STEPS_IN_TURN, default_rounds
 
         widths = _widths(hidden)
         batch = (20 if dataset == "digits" else 100) if batch_size is None else batch_size
@@ -113,9 +122,13 @@ def train(
         expect(0 <= by.momentum < 1, "--momentum", "a number from 0 to below 1", by.momentum)
         expect(by.max_norm > 0, "--max-norm", "a number above 0", by.max_norm)
         expect(0 <= seed < 2**63, "--seed", "a number from 0 to 2^63 - 1", seed)
+        if parallel is None:
+            parallel = lr is inner_epochs is inner_steps is None and schedule == "round-robin"
         if inner_epochs is None:
-            inner_epochs, inner_steps = 1.0, INNER_STEPS if inner_steps is None else inner_steps
-        turns = {"rounds": 1 if rounds is None else rounds, "inner_epochs": inner_epochs, "inner_steps": inner_steps}
+            usual = INNER_STEPS if parallel else STEPS_IN_TURN
+            inner_epochs, inner_steps = 1.0, usual if inner_steps is None else inner_steps
+        turns = {"inner_epochs": inner_epochs, "inner_steps": inner_steps, "parallel": parallel}
+        turns["rounds"] = 1 if rounds is None else rounds
         _schedule(schedule, turns, len(widths))
         if force and output is None:
             raise UsageError("--force: goes with --output; without it nothing is overwritten")

@@ -4,10 +4,11 @@ import pytest
 from support_reproduce import write_ccpp
 
 import dante_kernels as dk
-from bench import defaults, defaults_long, defaults_uci
+from bench import defaults, defaults_changes, defaults_long, defaults_uci
 from bench.defaults_rows import case, usual
 from dante_kernels import data
 from dante_kernels.reproduce import problems, runs
+from dante_kernels.training import schedules
 
 CCPP = ("ccpp", "4-100-1", "leaky_relu", "mse")
 
@@ -42,8 +43,7 @@ def test_the_usual_settings_are_those_of_fit_with_nothing_set(monkeypatch, activ
     row = defaults.train(case("digits", "64-30-30-10", activation, loss, "dante", rate, 0, **settings), digits)
     model = runs.build((64, 30, 30, 10), activation, activation if loss == "mse" else "identity", 0)
     kept = len(digits.x_train) * 5 // 6
-    blocks = dk.RoundRobin(rounds=2, inner_epochs=1, inner_steps=20)
-    dk.fit(model, digits.x_train[:kept], digits.y_train[:kept], loss=loss, schedule=blocks)
+    dk.fit(model, digits.x_train[:kept], digits.y_train[:kept], loss=loss, schedule=schedules.usual(2, parallel=True))
     assert row["test_loss"] == runs.evaluate(model, digits.x_test, digits.y_test, loss)[0]
 
 
@@ -55,3 +55,25 @@ def test_a_longer_training_is_chosen_by_the_held_out_accuracy():
     assert defaults_long.chosen(rows) == defaults_long.CHOICES[1]
     finals = [row for row in defaults_long.cases(rows) if row["settings"].get("rows") == "all" and row["method"] == "dante"]
     assert finals[-1]["settings"] == defaults_long.CHOICES[1][1] | {"rows": "all"}
+
+
+def test_the_table_of_changes_has_ratios_of_means_over_the_seeds():
+    grid = ("mnist", "784-100-10", "leaky_relu", "mse")
+    rows = []
+    for other in defaults_changes.GRIDS:
+        for name, (rate, settings) in defaults_changes.changes(*other[2:]).items():
+            losses = (
+                (1.0, 2.0, 3.0)
+                if name == "nothing"
+                else (1.0, 1.0, 2.5)
+                if (other, name) == (grid, "blocks of 5")
+                else (2.0,) * 3
+            )
+            rows += [case(*other, "dante", rate, seed, **settings) | {"test_loss": loss} for seed, loss in enumerate(losses)]
+    first, second = (table.splitlines() for table in defaults_changes.tables(rows).split("\n\n"))
+    column = [cell.strip() for cell in first[0].split("|")].index("mnist, mse, 784-100-10")
+    found = {line.split("|")[1].strip(): line.split("|")[column].strip() for line in first[2:]}
+    assert found["nothing"] == "2.0000 ± 50 %"
+    assert found["blocks of 5"] == "0.75"
+    assert {ratio for name, ratio in found.items() if name not in ("nothing", "blocks of 5")} == {"1.00"}
+    assert len(first) - len(second) == 3  # the bounds

@@ -147,8 +147,30 @@ def test_options_reach_the_training(dante, fits):
     assert model[2].bias is None
 
 
+@pytest.mark.parametrize(
+    ("options", "inner_epochs", "inner_steps", "parallel"),
+    [
+        ("", 1, 3, True),
+        ("--in-turn", 1, 20, False),
+        ("--lr 0.1", 1, 20, False),
+        ("--lr 0.1 --parallel", 1, 3, True),
+        ("--inner-steps 4", 1, 4, False),
+        ("--inner-steps 4 --parallel", 1, 4, True),
+        ("--inner-epochs 2", 2, None, False),
+        ("--schedule alternating", 1, 20, False),
+        ("--schedule alternating --parallel", 1, 3, True),
+    ],
+)
+def test_turns_are_short_and_parallel_unless_they_are_given(dante, fits, options, inner_epochs, inner_steps, parallel):
+    assert dante("train", *QUICK, *options.split())[0] == 0
+    kind = dk.Alternating if "alternating" in options else dk.RoundRobin
+    turns = {"inner_epochs": inner_epochs, "inner_steps": inner_steps, "parallel": parallel}
+    assert fits[0][1]["schedule"] == kind(rounds=1, **turns)
+    assert turns.items() <= json.loads(metadata_of("dante-digits.safetensors")["settings"]).items()
+
+
 def test_inner_steps_cut_the_passes_but_do_not_change_their_number(dante, fits):
-    for options in ([], ["--inner-steps", "4"]):
+    for options in (["--inner-epochs", "1"], ["--inner-steps", "4"]):
         assert dante("train", *QUICK, *options)[0] == 0
     whole, cut = (history for *_, history in fits)
     steps = -(-1437 // 100)

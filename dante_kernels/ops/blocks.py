@@ -64,7 +64,7 @@ def block_launcher(
 ) -> Launcher | None:
     """What runs blocks of about `steps` steps; None where the backend has nothing for them.
 
-    `all_in_turn` says that every layer has its blocks, as a kernel for whole rounds demands.
+    `all_in_turn` says that every layer has its blocks, one after the other, as a kernel for whole rounds demands.
     """
     weight = layers[0].weight
     serving = backends.module(backends.serving(backend, weight.device, weight.dtype))
@@ -77,7 +77,7 @@ def block_launcher(
 
 
 def launches_of_step(layers: int) -> int:
-    """How many launches a step takes at most, in a net of so many layers."""
+    """How many launches a step takes at most, in a net of so many layers; a block has about a dozen beside its steps."""
     return 4 * layers + 3
 
 
@@ -127,14 +127,20 @@ def _apart(
     x_scale: float,
     relative: bool,
     reset: bool,
+    cycle: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, norms, lengths): blocks by a backend's operators; `pieces` as from `_rows_of`."""
     results: list[tuple[Tensor, Tensor]] = []
     lengths: list[Tensor] = []
+    seen, seen_biases = list(weights), list(biases)
     for start, stop, layer, block in _numbers(pieces):
         weight, bias = weights[layer], biases[layer]
         velocity = velocity_weights[layer], velocity_biases[layer]
         if block == len(lengths):
+            if cycle:
+                if block % cycle == 0:
+                    seen, seen_biases = list(weights), list(biases)
+                seen[layer], seen_biases[layer] = weight.clone(), None if bias is None else bias.clone()
             if reset:
                 for part in velocity:
                     if part is not None:
@@ -145,9 +151,9 @@ def _apart(
         if layer:
             h, t = x[chosen], target[chosen]
             for i in range(layer):
-                h = serving.layer_forward(h, weights[i], biases[i], activations[3 * i : 3 * i + 3], scale)
+                h = serving.layer_forward(h, seen[i], seen_biases[i], activations[3 * i : 3 * i + 3], scale)
                 scale = 1.0
-        after = weights[layer + 1 :], biases[layer + 1 :], activations[3 * layer :], loss
+        after = seen[layer + 1 :], seen_biases[layer + 1 :], activations[3 * layer :], loss
         results.append(
             serving.sngd_epoch_(
                 weight, bias, h, t, order, batch_size, *after, lengths[block], *velocity, momentum, nesterov, scale
@@ -180,7 +186,9 @@ class Round(NamedTuple):
     rounding, since there the hidden layer's activations are computed anew in every step.
 
     `launcher` is that of `block_launcher`; with `relative_lr` a block's steps are its rate times the Frobenius norm of its
-    layer at the block's start; with `reset_momentum` a block starts from zero velocity. The rest is as in `sngd_epoch_`.
+    layer at the block's start; with `reset_momentum` a block starts from zero velocity. With `cycle` above 0, only where it is
+    recorded, a block sees the other layers as they were before the first of its cycle of so many blocks. The rest is as in
+    `sngd_epoch_`.
     """
 
     launcher: Launcher
@@ -196,6 +204,7 @@ class Round(NamedTuple):
     relative_lr: bool
     reset_momentum: bool
     x_scale: float
+    cycle: int = 0
 
     def arguments(self) -> tuple[Any, ...]:
         """Checked, as the backend takes them; the table of steps is still on the CPU."""
@@ -211,7 +220,7 @@ class Round(NamedTuple):
         return (
             [weight, *weights], [bias, *biases], self.x, self.target, order, table, batch_size, numbers, code, lengths,
             [v.weight for v in self.velocities], [v.bias for v in self.velocities], self.momentum, self.nesterov,
-            self.x_scale, self.relative_lr, self.reset_momentum,
+            self.x_scale, self.relative_lr, self.reset_momentum, *([] if self.launcher.whole else [self.cycle]),
         )  # fmt: skip
 
     @property
@@ -246,9 +255,7 @@ def sngd_blocks_(rounds: Sequence[Round]) -> list[tuple[Tensor, Tensor, Tensor] 
                 groups.setdefault((*one.launcher, *same), []).append(i)
         for (serving, tiles, *_), members in groups.items():
             if tiles is None:
-                jobs = [functools.partial(_replayed, serving, calls[i]) for i in members]
-                waiting = max(_waiting(serving, rounds[i], calls[i]) for i in members) if len(members) > 1 else 0
-                results.update(zip(members, serving.overlapping(rounds[members[0]].x, jobs, waiting), strict=True))
+                results.update(_overlapping(serving, {i: (rounds[i], calls[i]) for i in members}))
                 registration.count_up(t for i in members if not isinstance(results[i], Exception) for t in rounds[i].changed)
                 continue
             try:
@@ -259,6 +266,24 @@ def sngd_blocks_(rounds: Sequence[Round]) -> list[tuple[Tensor, Tensor, Tensor] 
                 results.update((i, (*made, calls[i][LENGTHS])) for i, made in zip(members, done, strict=True))
                 registration.count_up(t for i in members for t in rounds[i].changed)
     return [results[i] for i in range(len(rounds))]
+
+
+def _overlapping(
+    serving: Any, members: dict[int, tuple[Round, tuple[Any, ...]]]
+) -> dict[int, tuple[Tensor, Tensor, Tensor] | Exception]:
+    """The results of rounds on one device that are recorded and replayed, or the errors of those that no plan serves."""
+    found: dict[int, Any] = {}
+    waiting = 0
+    for i, (one, call) in members.items():
+        try:
+            waiting = max(waiting, _waiting(serving, one, call) if len(members) > 1 else 0)
+        except Exception as error:  # one model must not end the others
+            found[i] = error
+    left = [i for i in members if i not in found]
+    jobs = [functools.partial(_replayed, serving, members[i][1]) for i in left]
+    if jobs:
+        found.update(zip(left, serving.overlapping(members[left[0]][0].x, jobs, waiting), strict=True))
+    return found
 
 
 def _waiting(serving: Any, one: Round, call: tuple[Any, ...]) -> int:
@@ -281,6 +306,6 @@ def _replayed(serving: Any, call: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tens
         found: tuple[Tensor, Tensor, Tensor] = serving.recorded(
             _apart, (serving, *call), (rows, call[LENGTHS]), steps * launches_of_step(len(call[0]))
         )
-    except Exception as error:  # one model must not end the others
+    except Exception as error:
         return error
     return found

@@ -53,6 +53,7 @@ class Method:
         bounded: whether the layers' norms have the bound that `dk.fit` takes where no rate is given.
         inner_epochs: T, passes of a layer in one block; an integer part or a multiple of the run's epochs.
         inner_steps: where given, blocks of so many mini-batches, a pass of each layer a round.
+        parallel: as of `Schedule`.
         stacked: whether layers are trained in pairs, from the outermost inwards, in the whole network (2018).
         finetune_lr: where given, the last `inner_epochs` epochs are end-to-end SGD at this rate.
     """
@@ -69,6 +70,7 @@ class Method:
     lr_schedule: str = "constant"
     inner_epochs: float = 5
     inner_steps: int | None = None
+    parallel: bool = False
     stacked: bool = False
     finetune_lr: float | None = None
 
@@ -80,8 +82,8 @@ METHODS = {
         Method("dante", f"DANTE as published ({PUBLISHED_T})", -2),
         Method("dante-heavy", f"DANTE + momentum 0.9 ({PUBLISHED_T})", -3, momentum=0.9),
         Method(
-            "dante-short", "DANTE in short blocks (20 steps, relative rate, Nesterov 0.9, cosine, bound)", -4,
-            rule="nesterov", momentum=0.9, relative_lr=True, bounded=True, lr_schedule="cosine", inner_steps=20,
+            "dante-short", "DANTE in short blocks (3 steps in parallel, relative rate, Nesterov 0.9, cosine, bound)", -4,
+            rule="nesterov", momentum=0.9, relative_lr=True, bounded=True, lr_schedule="cosine", inner_steps=3, parallel=True,
         ),
         Method("dante-stacked", f"DANTE, pair after pair ({PUBLISHED_T})", -2, stacked=True),
         Method(
@@ -240,7 +242,9 @@ def _fit(
     note: Note,
 ) -> bool:
     """Train layer by layer; whether it diverged. One hidden layer is Algorithm 2 (outer layer first), more go round-robin."""
-    turns: dict[str, Any] = {"inner_epochs": 1 if way.inner_steps else way.inner_epochs, "inner_steps": way.inner_steps}
+    turns: dict[str, Any] = {
+        "inner_epochs": 1 if way.inner_steps else way.inner_epochs, "inner_steps": way.inner_steps, "parallel": way.parallel
+    }  # fmt: skip
     if way.finetune_lr is not None:
         turns |= {"finetune_epochs": round(way.inner_epochs), "finetune_lr": way.finetune_lr}
     layerwise = epochs - turns.get("finetune_epochs", 0)

@@ -14,7 +14,7 @@ from ..ops import backends
 from ..ops.checks import number
 from .directions import MOMENTUM
 from .fit import PRECISIONS, _device, _whole
-from .schedules import INNER_STEPS
+from .schedules import INNER_STEPS, STEPS_IN_TURN
 
 if TYPE_CHECKING:
     from ..kernels import plan
@@ -54,7 +54,7 @@ class Explanation:
         layers: a `LayerPlan` for each layer.
         samples_per_second: rows of a mini-batch over the modelled time of one step on every trained layer; None where
             nothing is trained. Modelled, not measured.
-        blocks: the tiles with which `fit` runs a whole round of its default blocks in one launch; None where it does not.
+        blocks: the tiles with which `fit` runs a round of blocks of 20 steps in turn in one launch; None where it does not.
         replayed: whether passes and short blocks that are not one launch are replayed as CUDA graphs.
     """
 
@@ -83,9 +83,9 @@ class Explanation:
             rate = [f"a round, one pass of each layer without its prefix: {self.samples_per_second:,.0f} samples/s, modelled"]
         if self.blocks is not None:
             groups = f"{self.blocks.split_out} x {self.blocks.split_in} programs, {self.blocks.microseconds:.1f} us a step"
-            rate.append(f"a round of blocks of {INNER_STEPS} steps, fit's default, is one launch of {groups} of either layer")
-        elif rate and self.replayed:
-            rate.append(f"blocks of {INNER_STEPS} steps, fit's default, are replayed from CUDA graphs")
+            rate.append(f"a round of blocks of {STEPS_IN_TURN} steps in turn is one launch of {groups} of either layer")
+        if rate and self.replayed:
+            rate.append(f"blocks of {INNER_STEPS} steps in parallel, fit's default, are replayed from CUDA graphs")
         return "\n".join([self.heading, "", *table, "", *reasons, *rate, self.served_by])
 
     __repr__ = __str__
@@ -159,7 +159,7 @@ def explain(
     both = None
     if all(net.trainable) and wanted in ("auto", "persistent"):
         shape = plan.Shape(tuple(widths), batch, code, momentum=velocity > 0, x_dtype=x_dtype, precision=switch)
-        both = plan.blocks(shape, INNER_STEPS, gpu.multiprocessors, gpu, wanted)
+        both = plan.blocks(shape, STEPS_IN_TURN, gpu.multiprocessors, gpu, wanted)
     times = [layer.choice.microseconds for layer in layers if layer.choice is not None]
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "an H200"
     chain = "-".join(map(str, widths))

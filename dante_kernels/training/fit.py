@@ -18,10 +18,10 @@ from ..network import Network
 from ..ops import backends
 from ..ops.checks import backend_name, number
 from . import checkpoint as checkpoints
-from . import directions, inputs
+from . import directions, inputs, schedules
 from .history import History
 from .run import Run
-from .schedules import INNER_STEPS, RoundRobin, Schedule, default_rounds
+from .schedules import Schedule
 from .trainer import Callback, LearningRate, Settings
 
 LR_SCHEDULES = ("constant", "cosine")
@@ -70,8 +70,9 @@ def fit(
             x a copy in the model's dtype, times x_scale).
         loss: ``"mse"``, ``"cross_entropy"`` (the output as logits, or a last nn.Softmax or nn.LogSoftmax) or
             ``"binary_cross_entropy"`` (logits, or a last nn.Sigmoid); means as in torch.
-        schedule: `Alternating`, `RoundRobin` or `StackedAutoencoder`. Where none is given, RoundRobin in blocks of 20 steps: a
-            pass of each layer a round, and 12 rounds, or more with less data (as many as make 1200 steps, 100 at most).
+        schedule: `Alternating`, `RoundRobin` or `StackedAutoencoder`. None is RoundRobin in parallel blocks of 3 steps where lr
+            is None, else in blocks of 20 in turn: a pass of each layer a round, and 12 rounds, or more with less data (1200
+            steps, 100 rounds at most).
         lr: the length of a step in weight space: a number, one per layer, or a callable that gives either for a round
             (from 0, within its phase). Callables are called for all rounds before training starts. With a direction of
             torch's optimizers it is theirs, for which other numbers are good: 0.001 is usual for Adam. None, with the kernels'
@@ -180,8 +181,8 @@ def prepare(
     batch_size = _whole("batch_size", batch_size, low=1)
     steps = directions.settled(lr, relative_lr, momentum, direction, max_norm, net.hidden, loss, inputs.holds_classes(y))
     if schedule is None:
-        rounds = default_rounds(inputs.rows_of(x), batch_size)
-        schedule = RoundRobin(rounds=rounds, inner_epochs=1, inner_steps=INNER_STEPS)
+        rounds = schedules.default_rounds(inputs.rows_of(x), batch_size)
+        schedule = schedules.usual(rounds, parallel=lr is None)
     rates = _rates(steps.lr, lr_schedule, schedule.rounds, len(net.layers))
     settings = Settings(
         loss=loss,

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-# What `fit` takes where no schedule is given; docs/defaults.md has the reasons.
-INNER_STEPS = 20
+# What `fit` takes where no schedule is given, in parallel or in turn; docs/defaults.md has the reasons.
+INNER_STEPS, STEPS_IN_TURN = 3, 20
 ROUNDS, MOST_ROUNDS, STEPS = 12, 100, 1200  # rounds at least and at most, and the steps of a layer that they should come to
 
 
 def default_rounds(rows: int, batch_size: int) -> int:
     """How many passes of each layer `fit` makes where no schedule is given: more over small data."""
     return max(ROUNDS, min(MOST_ROUNDS, -(-STEPS // -(-rows // batch_size))))
+
+
+def usual(rounds: int, parallel: bool) -> Schedule:
+    """What `fit` takes where no schedule is given, with so many rounds: in parallel where no rate is given either."""
+    return RoundRobin(rounds=rounds, inner_epochs=1, inner_steps=INNER_STEPS if parallel else STEPS_IN_TURN, parallel=parallel)
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,16 @@ class Schedule:
     both, a layer makes ``inner_epochs`` passes a round, cut into turns (blocks) of ``inner_steps`` mini-batches that the
     layers take alternately. A layer goes on through its shuffled data where its last block stopped.
 
+    A turn of each layer is a cycle. The other layers are frozen in a turn as the turns before have left them; with ``parallel``
+    as they were at the start of the cycle, so that the layers of a cycle know nothing of each other's turns: block coordinate
+    descent in the way of Jacobi instead of Gauss and Seidel.
+
     Args:
         rounds: rounds at most, in each phase.
         inner_epochs: passes of a layer over the data in a round (the papers' T, 5 there); 1 where neither is given.
         inner_steps: mini-batches in one block.
+        parallel: freeze the other layers as they were at the cycle's start. For blocks of a few mini-batches and small steps,
+            such as `fit` takes where no rate is given; with momentum and a rate of 0.1 a deeper net learns next to nothing so.
         min_rounds: with `fit`'s ``stop_epsilon``, rounds at least (T_AM of Algorithm 2).
         finetune_epochs: epochs of end-to-end SGD with backpropagation after the alternation.
         finetune_lr: their learning rate, constant.
@@ -60,6 +71,7 @@ class Schedule:
     min_rounds: int = 1
     finetune_epochs: int = 0
     finetune_lr: float = 0.1
+    parallel: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, low in (("rounds", 1), ("min_rounds", 1), ("finetune_epochs", 0), ("inner_steps", 1)):
@@ -76,6 +88,8 @@ class Schedule:
                 raise TypeError(f"{name}: expected a number, got {value!r}")
             if value is not None and not (math.isfinite(value) and float(value) > 0):
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
+        if not isinstance(self.parallel, bool):
+            raise TypeError(f"parallel: expected True or False, got {self.parallel!r}")
 
     def blocks(self, steps_per_pass: int) -> list[int]:
         """The length in mini-batches of each turn that a layer takes in one round."""

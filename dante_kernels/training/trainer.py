@@ -77,6 +77,10 @@ class _Turns(NamedTuple):
     seconds: Callable[[], float]  # of the call
 
 
+def _copy(layer: Layer) -> Layer:
+    return layer._replace(weight=layer.weight.clone(), bias=None if layer.bias is None else layer.bias.clone())
+
+
 def steps_at_once(layers: int) -> int:
     """About how many steps of blocks that are recorded and replayed are one call, in a net of so many layers."""
     return max(1, LAUNCHES_AT_ONCE // launches_of_step(layers))
@@ -228,11 +232,11 @@ class Trainer:
         lengths = self.settings.schedule.blocks(steps_per_pass)
         turns = [(layer, steps, steps) for steps in lengths for layer in phase.order if self.network.trainable[layer]]
         launcher = self._block_launcher(phase, problem, lengths, steps_per_pass)
-        at_once = len(turns)
+        at_once, cycle = len(turns), len(turns) // len(lengths)
         if launcher is not None and not launcher.whole:
             # Each call has whole cycles, a block of each layer, and as many of them as the others.
             calls = -(-sum(steps for _, steps, _ in turns) // steps_at_once(len(phase.chain)))
-            at_once = len(turns) // len(lengths) * -(-len(lengths) // min(calls, len(lengths)))
+            at_once = cycle * -(-len(lengths) // min(calls, len(lengths)))
         if until is not None:
             turns = [*turns[: until[0]], *([(turns[until[0]][0], until[1], turns[until[0]][1])] if until[1] else [])]
         done = []
@@ -242,8 +246,13 @@ class Trainer:
                 some = [turn[:2] for turn in turns[first : first + at_once]]
                 done.append((yield from self._run_blocks_at_once(launcher, phase, problem, rates, some)))
             return done
-        for layer, steps, whole in turns:
-            done.append((yield from self._run_block(phase, problem, layer, steps, rates[layer], whole >= steps_per_pass)))
+        layers = {i: self.network.layers[i] for i in phase.chain}
+        for turn, (layer, steps, whole) in enumerate(turns):
+            if turn % cycle == 0:
+                seen = dict(layers)
+            if self.settings.schedule.parallel:
+                seen[layer] = _copy(layers[layer])
+            done.append((yield from self._run_block(phase, problem, layer, seen, steps, rates[layer], whole >= steps_per_pass)))
         return done
 
     def _block_launcher(self, phase: Phase, problem: Problem, lengths: list[int], steps_per_pass: int) -> Launcher | None:
@@ -258,7 +267,7 @@ class Trainer:
         launcher = block_launcher(
             layers, problem.x, settings.batch_size, settings.loss, settings.momentum > 0,
             sum(lengths) / len(lengths), settings.backend,
-            not phase.encoder and all(self.network.trainable[i] for i in phase.chain),
+            not phase.encoder and not settings.schedule.parallel and all(self.network.trainable[i] for i in phase.chain),
         )  # fmt: skip
         apart = max(lengths) >= steps_per_pass or not problem.fits(layers[:-1], max(lengths) * settings.batch_size)
         return None if launcher is None or (apart and not launcher.whole) else launcher
@@ -277,19 +286,21 @@ class Trainer:
             problem.x, problem.target, blocks, settings.batch_size, settings.loss,
             momentum=settings.momentum, nesterov=settings.nesterov, relative_lr=settings.relative_lr,
             reset_momentum=settings.reset_momentum, x_scale=scale_of(problem.x, settings.x_scale),
+            cycle=sum(self.network.trainable[i] for i in phase.order) if settings.schedule.parallel else 0,
         )  # fmt: skip
         layers, sizes = zip(*turns, strict=True)
         return _Turns(layers, sizes, lengths, values, norms, stop())
 
-    def _run_block(self, phase: Phase, problem: Problem, layer: int, steps: int, rate: float, keep: bool) -> Passes[_Turns]:
-        """`steps` mini-batches on one layer; `keep` says that the block sees every row."""
+    def _run_block(
+        self, phase: Phase, problem: Problem, layer: int, seen: dict[int, Layer], steps: int, rate: float, keep: bool
+    ) -> Passes[_Turns]:
+        """`steps` mini-batches on one layer, the others as in `seen`; `keep` says that the block sees every row."""
         yield None
-        settings, layers = self.settings, self.network.layers
-        stop = _stopwatch(self.device)
+        settings, stop = self.settings, _stopwatch(self.device)
         place = phase.chain.index(layer)
-        prefix = [layers[i] for i in phase.chain[:place]]
-        suffix = [layers[i] for i in phase.chain[place + 1 :]]
-        weight, bias, activation = layers[layer]
+        prefix = [seen[i] for i in phase.chain[:place]]
+        suffix = [seen[i] for i in phase.chain[place + 1 :]]
+        weight, bias, activation = self.network.layers[layer]
         if settings.reset_momentum:
             for part in self._kept(layer):
                 part.zero_()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support_reproduce import blobs
 
+import dante_kernels as dk
 from dante_kernels.reproduce import experiments, runs, search
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,3 +106,18 @@ def test_end_to_end_training_needs_epochs_of_its_own():
 def test_settings_change_a_method():
     way = {"inner_epochs": 1, "lr_schedule": "cosine"}
     assert len(runs.train(blobs(), (4, 5, 3), "relu", "mse", "dante", 0.1, 0, 7, **way)["curve"]) == 7
+
+
+@pytest.mark.parametrize(("loss", "classes"), [("mse", True), ("cross_entropy", True), ("mse", False)])
+def test_short_blocks_are_those_of_fit_with_nothing_set(monkeypatch, loss, classes):
+    problem = blobs()
+    if not classes:
+        problem = problem._replace(y=problem.x, y_test=problem.x_test)
+    given = []
+    monkeypatch.setattr(runs.dk, "fit", lambda model, x, y, **settings: given.append(settings))
+    runs.train(problem, (4, 5, 3 if classes else 4), "leaky_relu", loss, "dante-short", 0.01, 0, 2)
+    (settings,) = given
+    assert settings["schedule"] == dk.Alternating(rounds=2, inner_epochs=1, inner_steps=3, parallel=True)
+    assert (settings["relative_lr"], settings["momentum"], settings["direction"]) == (True, 0.9, "nesterov")
+    growth = 4.0 if classes else float("inf")
+    assert settings["max_norm"] == pytest.approx(growth / 3**0.5)

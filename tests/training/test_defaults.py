@@ -29,13 +29,20 @@ def digits_after(rows=300, **settings):
 def test_nothing_given_is_short_blocks_of_relative_nesterov_steps_within_a_bound():
     history, weights = digits_after(loss="cross_entropy")
     rounds = schedules.default_rounds(300, 100)
-    blocks = dk.RoundRobin(rounds=rounds, inner_epochs=1, inner_steps=20)
+    blocks = schedules.usual(rounds, parallel=True)
     steps = {"loss": "cross_entropy", "lr": 0.005, "relative_lr": True, "momentum": 0.9, "direction": "nesterov"}
     given, same = digits_after(schedule=blocks, **steps, max_norm=4 / math.sqrt(3))
     assert torch.equal(weights, same)
     assert [block.steps for block in history.blocks] == [block.steps for block in given.blocks]
     _, without = digits_after(schedule=blocks, **steps)
     assert not torch.equal(weights, without)
+
+
+def test_a_given_rate_goes_with_blocks_in_turn():
+    history, weights = digits_after(lr=0.1)
+    given, same = digits_after(lr=0.1, schedule=dk.RoundRobin(rounds=len(history.rounds), inner_epochs=1, inner_steps=20))
+    assert torch.equal(weights, same)
+    assert [block.steps for block in history.blocks] == [block.steps for block in given.blocks]
 
 
 def test_a_given_rate_is_a_length_without_momentum():
@@ -135,7 +142,7 @@ def test_the_page_on_defaults_names_them():
     page = " ".join((ROOT / "docs" / "defaults.md").read_text().split())
     rates = directions.RELATIVE_LR_CROSS_ENTROPY, directions.RELATIVE_LR_MSE, directions.RELATIVE_LR_ELSEWHERE
     assert "{} of the layer's norm with cross-entropies, {} with MSE, {} where".format(*rates) in page
-    assert f"blocks of {schedules.INNER_STEPS} steps with Nesterov's momentum of {directions.MOMENTUM}" in page
+    assert f"parallel blocks of {schedules.INNER_STEPS} steps with Nesterov's momentum of {directions.MOMENTUM}" in page
     assert f"below {directions.WIDE}" in page
     assert f"times {directions.GROWTH:g} / H with cross-entropies, {directions.GROWTH:g}^(1 / H) with MSE" in page
     assert f"{schedules.ROUNDS} rounds, or as many as make {schedules.STEPS} steps, {schedules.MOST_ROUNDS} at most" in page

@@ -87,6 +87,7 @@ CASES = [
     {"momentum": 0.5, "relative_lr": True, "reset_momentum": True, "direction": "nesterov"},
     {"shuffle": False, "loss": "cross_entropy"},
     {"x": (X.abs() * 40).to(torch.uint8), "x_scale": 1 / 255},
+    {"schedule": dk.RoundRobin(rounds=4, inner_epochs=1, inner_steps=2, parallel=True), "momentum": 0.9, "relative_lr": True},
 ]
 
 
@@ -172,16 +173,18 @@ def test_autograd_is_told_that_weights_have_changed(recorder):
     assert [p._version - version for p, version in zip(model.parameters(), before, strict=True)] == [4] * len(before)
 
 
-def test_a_layer_that_stays_frozen_has_no_blocks_and_no_change(recorder, monkeypatch):
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_layer_that_stays_frozen_has_no_blocks_and_no_change(parallel, recorder, monkeypatch):
+    how = {"schedule": dk.RoundRobin(rounds=4, inner_epochs=1, inner_steps=2, parallel=parallel), "momentum": 0.9}
     model = net(6, 5, 4, 3)
     model[2].requires_grad_(False)
     alone, frozen, version = copy.deepcopy(model), model[2].weight.clone(), model[2].weight._version
-    ours = numbers(model, train(model, momentum=0.9))
+    ours = numbers(model, train(model, **how))
     assert recorder.replayed
     assert torch.equal(model[2].weight, frozen)
     assert model[2].weight._version == version
     monkeypatch.setattr(Trainer, "_block_launcher", lambda *args: None)
-    assert torch.equal(ours, numbers(alone, train(alone, momentum=0.9)))
+    assert torch.equal(ours, numbers(alone, train(alone, **how)))
 
 
 @pytest.mark.parametrize(
@@ -200,10 +203,13 @@ def test_what_is_better_apart_stays_apart(apart, recorder, monkeypatch):
     assert not called
 
 
+@pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("budget", [{}, {"prefix_budget": 22 * 5 * 4}], ids=["encoded once", "encoded anew"])
-def test_a_stacked_autoencoder_is_replayed_where_what_it_encodes_is_kept(budget, recorder, monkeypatch):
+def test_a_stacked_autoencoder_is_replayed_where_what_it_encodes_is_kept(budget, parallel, recorder, monkeypatch):
+    """Its outer layer comes first, so that a block's suffix has changed in its cycle."""
     model = net(6, 5, 4, 5, 6)
-    how = {"schedule": dk.StackedAutoencoder(rounds=4, inner_epochs=1, inner_steps=2), "y": X, "momentum": 0.9} | budget
+    blocks = dk.StackedAutoencoder(rounds=4, inner_epochs=1, inner_steps=2, parallel=parallel)
+    how = {"schedule": blocks, "y": X, "momentum": 0.9} | budget
     alone = copy.deepcopy(model)
     phases, run = set(), Trainer._run_blocks_at_once
 
@@ -218,3 +224,41 @@ def test_a_stacked_autoencoder_is_replayed_where_what_it_encodes_is_kept(budget,
     assert recorder.replayed
     monkeypatch.setattr(Trainer, "_block_launcher", lambda *args: None)
     assert torch.equal(numbers(model, history), numbers(alone, train(alone, **how)))
+
+
+def test_blocks_of_one_call_share_its_seconds_by_their_steps(recorder):
+    history = train(net(6, 5, 4, 3), schedule=dk.RoundRobin(rounds=2, inner_epochs=1, inner_steps=2))
+    for round_, record in enumerate(history.rounds):
+        blocks = [block for block in history.blocks if block.round == round_]
+        assert {block.steps for block in blocks} == {2, 1}
+        assert max(b.seconds / b.steps for b in blocks) == pytest.approx(min(b.seconds / b.steps for b in blocks))
+        assert 0 < sum(block.seconds for block in blocks) <= record.seconds
+
+
+def test_streams_side_by_side_have_room_for_the_launches_that_wait_the_longest(recorder, monkeypatch):
+    """Models of two and of three layers: of all their passes that one decides of which most programs wait for each other."""
+    asked, counts = [], {(6, 5): 40, (5, 3): 7, (6, 4): 0, (4, 4): 30, (4, 3): 0}
+    monkeypatch.setattr(kernels, "waiting_programs", lambda weights, *_: counts[weights[0].shape[1], weights[0].shape[0]])
+    overlapping = kernels.overlapping
+    monkeypatch.setattr(
+        kernels, "overlapping", lambda tensor, jobs, waiting: asked.append((len(jobs), waiting)) or overlapping(tensor, jobs, 0)
+    )
+    blocks = dk.RoundRobin(rounds=1, inner_epochs=1, inner_steps=2, parallel=True)
+    settings = {"lr": 0.05, "batch_size": 5, "backend": "triton", "schedule": blocks}
+    for models, expected in (([net(6, 5, 3), net(6, 4, 4, 3)], 40), ([net(6, 4, 4, 3), net(6, 4, 4, 3)], 30)):
+        asked.clear()
+        dk.fit_many(models, X, Y, **settings)
+        assert (2, expected) in asked
+
+
+def test_a_model_that_no_plan_serves_does_not_end_the_others(recorder, monkeypatch):
+    monkeypatch.setenv("DANTE_GPU_PLAN", "persistent")
+    models = [net(6, 5, 3), net(6, 5, 4, 3), net(6, 5, 3)]
+    alone = copy.deepcopy(models[2])
+    blocks = dk.RoundRobin(rounds=1, inner_epochs=1, inner_steps=2, parallel=True)
+    settings = {"lr": 0.05, "batch_size": 5, "backend": "triton", "schedule": blocks}
+    with pytest.raises(dk.FitManyError, match="1 of 3 models") as caught:
+        dk.fit_many(models, X, Y, **settings)
+    assert [*caught.value.errors] == [1]
+    dk.fit(alone, X, Y, **settings)
+    assert all(torch.equal(p, q) for p, q in zip(models[2].parameters(), alone.parameters(), strict=True))
