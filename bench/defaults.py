@@ -1,7 +1,7 @@
 """The study behind docs/defaults.md: `dk.fit` in short blocks against SGD with momentum, at equal numbers of weights updated.
 
 ``python -m bench.defaults --data-dir DIR`` trains what bench/results/defaults.jsonl has no row of yet, in the order of `cases`
-(about three hours on one core for all; ``--jobs`` trains side by side), and ``--table`` prints the tables. DIR has a folder of
+(about five hours on one core for all; ``--jobs`` trains side by side), and ``--table`` prints the tables. DIR has a folder of
 IDX files for each data set of pictures, and the tables in `uci`.
 """
 

@@ -27,7 +27,8 @@ def run(tensor: Tensor, jobs: Sequence[Callable[[], T]], at_once: int) -> list[T
 
     On a CUDA device, which `tensor` is on, they have `at_once` streams, `MOST` at most, and take them in turn. All begin after
     what the current stream has been given so far, and what it is given next begins after all of them, also where a job raises:
-    its error is raised then, and no further job is begun. Elsewhere, and inside a capture, one runs after the other.
+    its error is raised then, and no further job is begun. Elsewhere, and inside a capture, one runs after the other. Recordings
+    belong to a stream, so where there are fewer jobs than before, those that come to another stream are recorded anew.
     """
     branches = min(len(jobs), at_once, MOST)
     if branches < 2 or not tensor.is_cuda or torch.cuda.is_current_stream_capturing():
