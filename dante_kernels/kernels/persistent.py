@@ -203,7 +203,7 @@ def persistent(
                         sense = meet(p_counter, program, sense, PROGRAMS)
                         p_own = p_sums + 4 * PROGRAMS + every
                         squares = tl.sum(exchanged(p_own, m_every), axis=0)
-                    lr *= tl.sqrt_rn(squares)
+                    lr *= tl.where(squares == 0.0, 1.0, tl.sqrt_rn(squares))
                     if program == 0:
                         tl.store(p_lr + block, lr)
                 if RESET:

@@ -82,9 +82,10 @@ def launches_of_step(layers: int) -> int:
 
 
 def step_length(rate: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The rate times the layer's Frobenius norm."""
+    """The rate times the layer's Frobenius norm; the rate itself where that is 0, from which no relative step leads away."""
     parts = [weight] if bias is None else [weight, bias]
-    return rate * torch.stack([torch.linalg.vector_norm(part) for part in parts]).norm()
+    norm = torch.stack([torch.linalg.vector_norm(part) for part in parts]).norm()
+    return rate * norm.masked_fill(norm == 0, 1.0)
 
 
 def _in_one_order(blocks: Sequence[Block], x: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:

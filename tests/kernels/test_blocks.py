@@ -44,7 +44,8 @@ def expected(p: Problem, order, table, dtype, momentum, nesterov, relative, rese
         if block != current:
             rate = torch.tensor(RATES[block], dtype=dtype)
             if relative:
-                rate = rate * torch.cat([t.flatten() for t in (weight, bias) if t is not None]).norm()
+                norm = torch.cat([t.flatten() for t in (weight, bias) if t is not None]).norm()
+                rate = rate * norm if norm else rate
             if reset:
                 velocities[layer] = [None if v is None else torch.zeros_like(v) for v in velocities[layer]]
         current = block
@@ -88,6 +89,21 @@ def test_blocks_are_those_of_the_reference(shape, how):
     settings = {"momentum": 0.0, "nesterov": False, "relative": False, "reset": False} | how
     truths = [expected(p, order, table, dtype, **settings) for dtype in (torch.float32, torch.float64)]
     got = run(p, batch, order, table, **how)
+    for i, (ours, theirs, exact) in enumerate(zip(got, *truths, strict=True)):
+        assert_error_rule(f"result {i}", ours, theirs, exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_a_relative_rate_is_one_of_1_for_a_layer_of_norm_zero(shape):
+    n_in, widths, batch = shape
+    p = make_problem(seed=22, rows=50, n_in=n_in, widths=widths)
+    for part in p.suffix[0][:2]:
+        part.zero_()
+    order, table = torch.arange(100) % 50, schedule(50, batch)
+    settings = {"momentum": 0.9, "nesterov": False, "relative": True, "reset": False}
+    truths = [expected(p, order, table, dtype, **settings) for dtype in (torch.float32, torch.float64)]
+    got = run(p, batch, order, table, momentum=0.9, relative=True)
+    assert got[2].any()
     for i, (ours, theirs, exact) in enumerate(zip(got, *truths, strict=True)):
         assert_error_rule(f"result {i}", ours, theirs, exact)
 
