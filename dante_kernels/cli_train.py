@@ -67,7 +67,7 @@ def train(
         float | None,
         typer.Option(
             help="learning rate: the length of a step in weight space, or torch's own with its optimizers",
-            show_default="0.003 to 0.005 of the layer's norm, with momentum 0.9",
+            show_default="some 0.004 of the layer's norm, with momentum 0.9",
         ),
     ] = None,
     lr_schedule: Annotated[str, typer.Option(help="constant or cosine")] = "cosine",
@@ -85,7 +85,8 @@ def train(
     max_norm: Annotated[
         float | None,
         typer.Option(
-            help="bound on a layer's norm a unit after a round", show_default="by the net; none with --lr, sigmoid, tanh"
+            help="bound on a layer's norm a unit after a round",
+            show_default="by net and loss; none with --lr, nor in mse with sigmoid or tanh",
         ),
     ] = None,
     schedule: Annotated[str, typer.Option(help="round-robin, or alternating for one hidden layer")] = "round-robin",

@@ -82,7 +82,7 @@ METHODS = {
         Method("dante", f"DANTE as published ({PUBLISHED_T})", -2),
         Method("dante-heavy", f"DANTE + momentum 0.9 ({PUBLISHED_T})", -3, momentum=0.9),
         Method(
-            "dante-short", "DANTE in short blocks (3 steps in parallel, relative rate, Nesterov 0.9, cosine, bound)", -4,
+            "dante-short", "DANTE in short blocks (3 steps in parallel, relative rate, Nesterov 0.9, cosine, fit's bound)", -4,
             rule="nesterov", momentum=0.9, relative_lr=True, bounded=True, lr_schedule="cosine", inner_steps=3, parallel=True,
         ),
         Method("dante-stacked", f"DANTE, pair after pair ({PUBLISHED_T})", -2, stacked=True),

@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
@@ -24,6 +25,8 @@ import torch
 
 import dante_kernels as dk
 
+from ..activations import NAMES
+from ..training import directions
 from . import probes, problems
 from .problems import Spec
 from .runs import METRICS, Method, Row, train
@@ -113,10 +116,15 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """All of it but what the method is called on a page, and what has its default, so that rows outlive a new field.
 
-        A default of `Spec` and `Method` must therefore stay as it is.
+        A default of `Spec` and `Method` must therefore stay as it is. `fit`'s bound stands there as a number, so that no row
+        outlives another one; None is none.
         """
         content = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "followed"}
         method = {name: value for name, value in _changed(self.method).items() if name not in ("name", "title", "start")}
+        if self.method.bounded:
+            hidden = [(width, NAMES[self.activation]) for width in self.widths[1:-1]]
+            bound = directions.usual_max_norm(hidden, self.loss, classes=True)
+            method["bounded"] = bound if math.isfinite(bound) else None
         return content | {"spec": _changed(self.spec), "method": method}
 
     @property
@@ -196,13 +204,27 @@ def _row(line: str) -> Row | None:
     if job.get("probe") == "svm" and row.get("status") == "done":
         needed |= {"svm_accuracy"}
     whole = needed <= row.keys() and job.keys() >= _JOB and row["status"] in ("done", "diverged")
-    if not whole or not all(_is_number(row[name]) for name in METRICS if row.get(name) is not None):
+    if not whole or not _could_be(row):
         return None
     return row if row["status"] == "diverged" or None not in map(row.get, _DONE) else None
 
 
+def _could_be(row: Row) -> bool:
+    """Whether what pages are made of can be what a training left."""
+    names, widths, curve = (row["method"], row["made_by"]), row["job"]["widths"], row.get("curve", [])
+    if not all(isinstance(name, str) for name in names) or not isinstance(widths, list) or not isinstance(curve, list):
+        return False
+    if len(widths) < 2 or not all(isinstance(width, int) and width > 0 for width in widths):
+        return False
+    numbers = {name: row[name] for name in METRICS if row.get(name) is not None}
+    most = {"test_accuracy": 1, "svm_accuracy": 1}
+    if not all(_is_number(value) and 0 <= value <= most.get(name, math.inf) for name, value in numbers.items()):
+        return False
+    return all(isinstance(p, list) and len(p) == 5 and all(v is None or _is_number(v) for v in p) for p in curve)
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class Store:
@@ -311,8 +333,7 @@ class Search:
 
 
 def _badness(row: Row) -> float:
-    loss = row.get("test_loss")
-    return math.inf if loss is None else float(loss)
+    return float(row["test_loss"]) if row["status"] == "done" else math.inf
 
 
 def searches(case: Case) -> list[Search]:

@@ -99,8 +99,9 @@ def _note_of_searches(case: Case, index: int, store: Store) -> str:
     return next((f"in the search of a rate: {row['note']}" for row in rows if "note" in row), "")
 
 
-# A method whose every seed has at most this many times the accuracy of a guess has learnt nothing.
-GUESS = 1.5
+# A method whose every seed has at most this many times the accuracy of a guess has learnt nothing; of few classes, at most an
+# accuracy halfway between a guess and all of them.
+GUESS = 3
 
 
 def learnt(method: Row, classes: int, spreads: float) -> bool:
@@ -110,7 +111,7 @@ def learnt(method: Row, classes: int, spreads: float) -> bool:
         gains = [base - loss for base, loss in zip(values["baseline"], values["test_loss"], strict=True)]
         return statistics.fmean(gains) > spreads * _spread(gains)
     accuracies = values["test_accuracy"]
-    return not accuracies or max(accuracies) > GUESS / classes
+    return not accuracies or max(accuracies) > min(GUESS, (1 + classes) / 2) / classes
 
 
 def nothing_learnt(methods: list[Row], classes: int) -> bool:
@@ -149,7 +150,7 @@ def _claim(metric: str, case: Row, ours: str, theirs: str) -> Row | None:
     gains = [sign * (y - x) for x, y in zip(a, b, strict=True)]
     gain = statistics.fmean(gains)
     why = ""
-    if case["nothing_learnt"]:
+    if case["nothing_learnt"] and gain >= -_spread(gains):
         verdict, why = "no verdict", f"nothing learnt, {_place(gain)}"
     elif gain > 0 and not learnt(by_name[theirs], case["classes"], spreads=0):
         verdict, why = "no verdict", f"{theirs} learnt nothing"

@@ -23,11 +23,12 @@ from .problem import forward, mean_loss
 BY_KERNELS = ("sngd", "nesterov")  # `ops.sngd_epoch_` takes their steps
 WITHOUT_MOMENTUM = ("adam", "adagrad", "rmsprop")
 NAMES = (*BY_KERNELS, "sgd", *WITHOUT_MOMENTUM)
-# What the kernels' directions take where no lr is given: the rate with MSE and with cross-entropies where all hidden layers are
-# generalized ReLUs, and that where they are not.
-RELATIVE_LR_MSE, RELATIVE_LR_CROSS_ENTROPY, RELATIVE_LR_ELSEWHERE, MOMENTUM = 0.004, 0.005, 0.003, 0.9
+# What the kernels' directions take where no lr is given. Where all hidden layers are generalized ReLUs, cross-entropies have a
+# rate of their own, and MSE that of all layers together, where it is less a layer.
+RELATIVE_LR, RELATIVE_LR_CROSS_ENTROPY, RELATIVE_LR_TOGETHER, MOMENTUM = 0.004, 0.005, 0.012, 0.9
 WIDE = 100  # units, above which layers are not narrow
-GROWTH = 4.0  # how much a layer may grow then beside one other, from torch's initial weights
+# How much a layer may grow then beside one other, from torch's initial weights; beside more it is less, down to the second.
+GROWTH = {"generalized_relu": (4.0, 0.0), "sigmoid": (12.0, 4.0), "tanh": (6.0, 2.0)}
 
 
 def check(direction: str, momentum: float) -> None:
@@ -83,28 +84,38 @@ def settled(
     momentum = MOMENTUM if momentum is None else number("momentum", momentum)
     if direction is None:
         direction = "nesterov" if momentum else "sngd"
-    lr = RELATIVE_LR_MSE if loss == "mse" else RELATIVE_LR_CROSS_ENTROPY
-    return Steps(lr if _by_relus(hidden) else RELATIVE_LR_ELSEWHERE, True, momentum, direction, max_norm)
+    lr = usual_lr(hidden, loss)
+    if 0 <= momentum < 1:  # steps that add up to as much; others are refused later
+        lr *= (1 - momentum) / (1 - MOMENTUM)
+    return Steps(lr, True, momentum, direction, max_norm)
+
+
+def usual_lr(hidden: Sequence[tuple[int, Activation]], loss: str) -> float:
+    """`fit`'s lr, relative to the layer's norm, where none is given; arguments as for `settled`."""
+    if not hidden or not _by_relus(hidden):
+        return RELATIVE_LR
+    return min(RELATIVE_LR, RELATIVE_LR_TOGETHER / (len(hidden) + 1)) if loss == "mse" else RELATIVE_LR_CROSS_ENTROPY
 
 
 def usual_max_norm(hidden: Sequence[tuple[int, Activation]], loss: str, classes: bool) -> float:
     """`fit`'s max_norm where neither it nor lr is given; arguments as for `settled`.
 
     The norm of a unit of torch's initial weights, 1 / sqrt(3), times a growth that is less the more layers there are, and with
-    cross-entropies more where deep nets are narrow. No bound where a hidden layer, if there is one, is no generalized ReLU, nor
-    where values are to be met.
+    cross-entropies more where deep nets are narrow. No bound where there is no hidden layer, nor in MSE where values are to be
+    met or a hidden layer is no generalized ReLU.
     """
-    if not _by_relus(hidden) or (loss == "mse" and not classes):
+    if not hidden or (loss == "mse" and not (classes and _by_relus(hidden))):
         return math.inf
-    layers = len(hidden)
+    layers, growths = len(hidden), [GROWTH[activation.kind] for _, activation in hidden]
     if loss == "mse":
-        return math.sqrt(1 / 3) * GROWTH ** (1 / layers)
+        return math.sqrt(1 / 3) * growths[0][0] ** (1 / layers)
+    growth = max(max(beside_one / layers, least) for beside_one, least in growths)
     narrow = max(1.0, WIDE / statistics.geometric_mean(width for width, _ in hidden))
-    return math.sqrt(1 / 3) * GROWTH / layers * narrow ** ((layers - 1) / 6)
+    return math.sqrt(1 / 3) * growth * narrow ** ((layers - 1) / 6)
 
 
 def _by_relus(hidden: Sequence[tuple[int, Activation]]) -> bool:
-    return bool(hidden) and all(activation.kind == "generalized_relu" for _, activation in hidden)
+    return all(activation.kind == "generalized_relu" for _, activation in hidden)
 
 
 class Rule:

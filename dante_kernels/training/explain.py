@@ -85,7 +85,7 @@ class Explanation:
             groups = f"{self.blocks.split_out} x {self.blocks.split_in} programs, {self.blocks.microseconds:.1f} us a step"
             rate.append(f"a round of blocks of {STEPS_IN_TURN} steps in turn is one launch of {groups} of either layer")
         if rate and self.replayed:
-            rate.append(f"blocks of {INNER_STEPS} steps in parallel, fit's default, are replayed from CUDA graphs")
+            rate.append(f"blocks of {INNER_STEPS} steps in parallel, fit's default for classes, are replayed from CUDA graphs")
         return "\n".join([self.heading, "", *table, "", *reasons, *rate, self.served_by])
 
     __repr__ = __str__

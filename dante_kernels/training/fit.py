@@ -70,16 +70,17 @@ def fit(
             x a copy in the model's dtype, times x_scale).
         loss: ``"mse"``, ``"cross_entropy"`` (the output as logits, or a last nn.Softmax or nn.LogSoftmax) or
             ``"binary_cross_entropy"`` (logits, or a last nn.Sigmoid); means as in torch.
-        schedule: `Alternating`, `RoundRobin` or `StackedAutoencoder`. None is RoundRobin in parallel blocks of 3 steps where lr
-            is None, else in blocks of 20 in turn: a pass of each layer a round, and 12 rounds, or more with less data (1200
-            steps, 100 rounds at most).
+        schedule: `Alternating`, `RoundRobin` or `StackedAutoencoder`. None is RoundRobin in blocks of 20 steps in turn; where
+            lr is None and y holds classes (or the loss is no ``"mse"``) in parallel blocks of 3. A round is a pass of each
+            layer; there are 12 rounds, or more with less data (1200 steps, 100 rounds at most).
         lr: the length of a step in weight space: a number, one per layer, or a callable that gives either for a round
             (from 0, within its phase). Callables are called for all rounds before training starts. With a direction of
             torch's optimizers it is theirs, for which other numbers are good: 0.001 is usual for Adam. None, with the kernels'
-            directions, is relative to the layer: 0.005, with ``"mse"`` 0.004, where there are hidden layers and all are
-            generalized ReLUs, else 0.003, which docs/defaults.md found to do well on many nets.
-        relative_lr: lr is multiplied with the Frobenius norm of the layer (weight and bias) at its block's start. None is True
-            where lr is None, else False.
+            directions, is relative to the layer: 0.004, which docs/defaults.md found to do well on many nets; where there are
+            hidden layers and all are generalized ReLUs, 0.005 with cross-entropies, and with ``"mse"`` 0.012 over the number
+            of layers, from four on; times (1 - momentum) / 0.1. Layers that are not trained are not counted, here and below.
+        relative_lr: lr is multiplied with the Frobenius norm of the layer (weight and bias) at its block's start, where that is
+            not 0. None is True where lr is None, else False.
         lr_schedule: ``"constant"``; ``"cosine"``, which multiplies lr in round r of R by (1 + cos(pi r / R)) / 2; or a
             callable of (r, R) that gives the factor.
         batch_size: rows in a mini-batch; the last of a pass may be shorter.
@@ -95,10 +96,12 @@ def fit(
         max_norm: bound on a layer's norm a unit, the Frobenius norm of weight and bias over sqrt(n_out); torch's initial
             weights have 1 / sqrt(3). After every round a trained layer whose norm is above the bound, and above what it was at
             the start, is scaled back to the larger of these (not after fine-tuning); the theorems have the weights in such a
-            ball. None is a bound where lr is None, y holds classes (or the loss is no ``"mse"``) and there are H hidden layers,
-            all generalized ReLUs: 1 / sqrt(3) times 4 / H, with ``"mse"`` 4^(1 / H), which keeps the outputs from growing too
-            sure; 4 / H is times (100 / w)^((H - 1) / 6) where the hidden widths' geometric mean w is below 100. That is for
-            inputs of order 1: scale smaller ones, or give math.inf, which is no bound, as None is elsewhere.
+            ball. None is a bound where lr is None and there are H hidden layers, 1 / sqrt(3) times a growth, which keeps the
+            outputs from growing too sure. With cross-entropies that is 4 / H for generalized ReLUs, the larger of 12 / H and 4
+            for sigmoids, half as much as theirs for tanh, the largest of these where there are several, and more where the
+            hidden widths' geometric mean w is below 100: times (100 / w)^((H - 1) / 6). With ``"mse"`` it is 4^(1 / H) where y
+            holds classes and all H are generalized ReLUs; elsewhere None is no bound, as math.inf is. That is for inputs of
+            order 1: scale smaller ones, or give math.inf.
         shuffle: a new order for every pass, drawn on the device; else the rows as they lie.
         x_scale: what uint8 x is multiplied with, such as 1 / 255; needed there, and None or 1 elsewhere. The trained model
             itself takes x.float() * x_scale.
@@ -179,10 +182,12 @@ def prepare(
         raise TypeError(f"schedule: expected a Schedule such as RoundRobin(rounds=12), got {schedule!r}")
     net = network.from_module(model, loss)
     batch_size = _whole("batch_size", batch_size, low=1)
-    steps = directions.settled(lr, relative_lr, momentum, direction, max_norm, net.hidden, loss, inputs.holds_classes(y))
+    classes = inputs.holds_classes(y)
+    growing = [layer for layer, trains in zip(net.hidden, net.trainable, strict=False) if trains]
+    steps = directions.settled(lr, relative_lr, momentum, direction, max_norm, growing, loss, classes)
     if schedule is None:
         rounds = schedules.default_rounds(inputs.rows_of(x), batch_size)
-        schedule = schedules.usual(rounds, parallel=lr is None)
+        schedule = schedules.usual(rounds, parallel=lr is None and (classes or loss != "mse"))
     rates = _rates(steps.lr, lr_schedule, schedule.rounds, len(net.layers))
     settings = Settings(
         loss=loss,

@@ -17,7 +17,7 @@ def default_rounds(rows: int, batch_size: int) -> int:
 
 
 def usual(rounds: int, parallel: bool) -> Schedule:
-    """What `fit` takes where no schedule is given, with so many rounds: in parallel where no rate is given either."""
+    """What `fit` takes where no schedule is given, with so many rounds."""
     return RoundRobin(rounds=rounds, inner_epochs=1, inner_steps=INNER_STEPS if parallel else STEPS_IN_TURN, parallel=parallel)
 
 

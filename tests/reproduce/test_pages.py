@@ -209,6 +209,12 @@ def test_there_is_no_verdict_where_nothing_was_learnt(losses, learnt):
     assert (report._nothing_learnt(case) is None) is learnt
 
 
+def test_dante_that_is_behind_is_so_where_nothing_was_learnt_too():
+    case = summarised({"dante": (1.4, 1.5), "sgd": (1.05, 1.1)}, baseline=1.0)
+    assert case["nothing_learnt"]
+    assert summary._claim("test_loss", case, "dante", "sgd")["verdict"] == "no"
+
+
 def test_trainings_that_came_to_more_than_the_mean_are_named():
     case = summarised({"dante": (0.2, 0.3, 0.4), "sgd": (0.5, 1.4, 0.6), "adam": (2.0, 3.0, 4.0)}, baseline=1.0)
     for method in case["methods"]:
@@ -219,15 +225,18 @@ def test_trainings_that_came_to_more_than_the_mean_are_named():
 
 
 def test_there_is_no_verdict_for_dante_beside_a_method_that_learnt_nothing():
-    """Of ten classes 15 % are no more than a guess; 16 % are. A seed that learnt is enough."""
-    for guess, seeds, verdict in ((0.149, 2, "no verdict"), (0.16, 2, "yes"), (0.149, 1, "yes")):
+    """Of ten classes 30 % are no more than a guess; 31 % are. A seed that learnt is enough."""
+    for guess, seeds, verdict in ((0.299, 2, "no verdict"), (0.31, 2, "yes"), (0.299, 1, "yes")):
         loss = 10 * (1 - guess)
-        case = summarised({"dante": (1, 2), "sgd": (loss, loss if seeds == 2 else 7.5)})
+        case = summarised({"dante": (1, 2), "sgd": (loss, loss if seeds == 2 else 6.5)})
         claim = summary._claim("test_loss", case, "dante", "sgd")
         assert claim["verdict"] == verdict
         assert claim["why"] == ("sgd learnt nothing" if verdict == "no verdict" else "")
         assert summary._claim("test_loss", case, "sgd", "dante")["verdict"] == "no"  # whoever learnt nothing is behind
     assert summarised({"dante": (8.6, 8.7), "sgd": (9, 8.6)})["nothing_learnt"]
+    of_two = {"values": {"test_accuracy": [0.74], "baseline": []}}
+    assert not summary.learnt(of_two, 2, spreads=0)
+    assert summary.learnt({"values": {"test_accuracy": [0.76], "baseline": []}}, 2, spreads=0)
     regression = summarised({"dante": (0.2, 0.3), "sgd": (1.0, 1.1)}, baseline=1.0)
     assert summary._claim("test_loss", regression, "dante", "sgd")["why"] == "sgd learnt nothing"
     unsteady = summarised({"dante": (0.2, 0.3), "sgd": (0.5, 1.4)}, baseline=1.0)  # better by 0.05, within its spread
@@ -304,14 +313,10 @@ def test_every_figure_of_a_rival_stands_in_the_list_of_the_papers():
 
 
 def test_every_rival_has_its_row():
-    """In a full run; a quick one has the largest number of rows alone, and no layers of 500."""
     for rival in published.RIVALS:
-        made = experiments.EXPERIMENTS[rival.experiment](experiments.Scale(True))
-        assert rival.case in {case.name for case in made.cases}, rival
-    quick = {case.name for case in experiments.EXPERIMENTS["rivals"](experiments.Scale(False)).cases}
-    assert {rival.case for rival in published.RIVALS if rival.experiment == "rivals"} & quick == quick - {
-        "fashion-mnist 784-100-100-10"
-    }
+        for full in (False, True):
+            made = experiments.EXPERIMENTS[rival.experiment](experiments.Scale(full))
+            assert rival.case in {case.name for case in made.cases}, rival
 
 
 def test_every_published_figure_has_its_row():

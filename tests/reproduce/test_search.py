@@ -8,8 +8,10 @@ import pytest
 import torch
 from support_reproduce import SPEC, TINY, blobs, fake
 
+from dante_kernels.activations import NAMES
 from dante_kernels.reproduce import experiments, problems, runs, search, summary
 from dante_kernels.reproduce.search import Search, Store
+from dante_kernels.training import directions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,6 +115,15 @@ def test_jobs_differ_in_all_that_a_row_depends_on_and_in_no_name():
     assert replace(job, method=replace(job.method, name="another", title="another", start=4)).key == job.key
 
 
+def test_a_row_is_not_that_of_another_bound(monkeypatch):
+    bounded = Search(TINY, runs.METHODS["dante-short"], 0).job(0, 1, "final")
+    key = bounded.key
+    assert json.loads(key)["method"]["bounded"] == directions.usual_max_norm([(5, NAMES["leaky_relu"])], "mse", classes=True)
+    assert json.loads(replace(bounded, activation="sigmoid").key)["method"]["bounded"] is None
+    monkeypatch.setitem(directions.GROWTH, "generalized_relu", (3.0, 0.0))
+    assert bounded.key != key
+
+
 def test_only_the_training_whose_curve_is_drawn_is_followed():
     found = search.searches(replace(TINY, seeds=(1, 2)))[0]
     assert [found.job(0, seed, part).followed for seed, part in ((1, "final"), (2, "final"), (0, "search"))] == [1, 0, 0]
@@ -185,13 +196,35 @@ def test_a_row_without_what_is_needed_is_passed_over(tmp_path, lost):
     "change", [
         {"test_loss": math.nan}, {"test_loss": math.inf}, {"test_loss": "abc"}, {"test_loss": None}, {"seconds": None},
         {"weights_updated": "many"}, {"status": "whatever"}, {"status": "failed"}, {"job": {"part": "final", "probe": None}},
-    ], ids=str,
+        {"test_loss": -1.0}, {"test_loss": True}, {"test_accuracy": 5.0}, {"made_by": 1}, {"curve": None}, {"curve": "abc"},
+        {"curve": [[1, 2]]}, {"curve": [[1, 2, 3, 4, "a"]]}, {"test_loss": 10**400},
+    ], ids=lambda change: str(change)[:40],
 )  # fmt: skip
 def test_a_row_with_what_cannot_be_is_passed_over(tmp_path, change):
     path = tmp_path / "runs.jsonl"
     rows = [fake(Search(TINY, experiments.FOUR[0], 0).job(i, 1, "final"), 0.5) for i in (0, 1)]
     path.write_text(json.dumps(rows[0] | change) + "\n" + json.dumps(rows[1]) + "\n")
     assert [row["job"]["rate"] for row in Store(path).rows.values()] == [3.0]
+
+
+@pytest.mark.parametrize("widths", ["a", [1], [6, 0, 3], [6, "5", 3]])
+def test_a_row_of_no_net_is_passed_over(tmp_path, widths):
+    path = tmp_path / "runs.jsonl"
+    row = fake(Search(TINY, experiments.FOUR[0], 0).job(0, 1, "final"), 0.5)
+    path.write_text(json.dumps(row | {"job": row["job"] | {"widths": widths}}) + "\n")
+    assert not Store(path).rows
+
+
+def test_a_rate_that_diverged_is_the_worst_whatever_its_loss():
+    found = Search(TINY, experiments.FOUR[0], 0)
+    rows = {}
+    for index in found.begins_with:
+        for seed in search.SEARCH_SEEDS:
+            job = found.job(index, seed, "search")
+            rows[job.key] = fake(job, 0.5 + abs(index)) | (
+                {"status": "diverged", "test_loss": 1e-4} if index == found.first else {}
+            )
+    assert found.state(rows)[1] != found.first
 
 
 def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):

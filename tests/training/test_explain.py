@@ -67,7 +67,7 @@ def test_how_short_blocks_run_is_explained(monkeypatch):
     found = dk.explain(net(784, 100, 10), 20)
     groups = f"{found.blocks.split_out} x {found.blocks.split_in} programs, {found.blocks.microseconds:.1f} us a step"
     assert f"a round of blocks of 20 steps in turn is one launch of {groups} of either layer" in str(found)
-    replayed = "blocks of 3 steps in parallel, fit's default, are replayed from CUDA graphs"
+    replayed = "blocks of 3 steps in parallel, fit's default for classes, are replayed from CUDA graphs"
     assert replayed in str(found)
     for other in (net(784, 400, 10), net(784, 100, 100, 10)):
         assert "one launch of" not in str(dk.explain(other, 20))

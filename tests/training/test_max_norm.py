@@ -1,6 +1,7 @@
 """The bound on the layers' norms after a round."""
 
 import copy
+import functools
 import math
 import re
 
@@ -83,10 +84,21 @@ def test_weights_whose_squares_overflow_float32_are_held_to_it_too():
     model = net(6, 8, 3)
     with torch.no_grad():
         model[0].weight.mul_(1e25)
-        model[2].weight.zero_()  # so that the outputs stay finite
+        model[2].weight.mul_(1e-3)
     start = norms_a_unit(model)
-    dk.fit(model, x * 1e-25, y, **TWO, max_norm=0.5)
-    assert norms_a_unit(model) == pytest.approx([start[0], 0.5], rel=1e-6)
+    moving = TWO | {"lr": lambda _: (1e25, 0.5), "schedule": dk.Alternating(rounds=2)}
+    dk.fit(model, x * 1e-25, y, **moving, max_norm=0.35)
+    assert norms_a_unit(model) == pytest.approx([start[0], 0.35], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "schedule", [dk.Alternating, functools.partial(dk.StackedAutoencoder, whole_network=True), dk.StackedAutoencoder]
+)
+def test_layers_are_held_to_it_in_whatever_order_they_are_trained(schedule):
+    x, _ = blobs()
+    model = net(6, 8, 6)
+    dk.fit(model, x, **TWO | {"loss": "mse", "schedule": schedule(rounds=2)}, max_norm=0.65)
+    assert norms_a_unit(model) == pytest.approx([0.65, 0.65], rel=1e-6)
 
 
 @pytest.mark.parametrize("bound", [0.6, 1e308])

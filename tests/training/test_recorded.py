@@ -116,14 +116,14 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 @pytest.mark.parametrize("how", CASES, ids=lambda how: "-".join(how) or "plain")
-@pytest.mark.parametrize("at_once", [6, 256])
+@pytest.mark.parametrize("at_once", [6, 8, 256])
 def test_replayed_blocks_have_the_bits_of_block_after_block(how, at_once, recorder, monkeypatch):
-    """At once one cycle of the layers' blocks, of which the last are of one step, or all of a round."""
+    """At once one cycle of the layers' blocks, of which the last are of one step, or two, or all of a round."""
     monkeypatch.setattr(trainer, "LAUNCHES_AT_ONCE", at_once * launches_of_step(3))
     model = net(6, 5, 4, 3, bias="loss" not in how)
     plain, alone = copy.deepcopy(model), copy.deepcopy(model)
     ours = numbers(model, train(model, **how))
-    cycles = {6: (2, 10), 256: (1, 3)}[at_once]  # a round is two cycles of two steps a layer and one of one
+    cycles = {6: (2, 10), 8: (2, 6), 256: (1, 3)}[at_once]  # a round is two cycles of two steps a layer and one of one
     assert (recorder.recorded, recorder.replayed) == cycles
     monkeypatch.setenv("DANTE_CUDA_GRAPHS", "0")
     assert torch.equal(ours, numbers(plain, train(plain, **how)))
