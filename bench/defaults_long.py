@@ -16,12 +16,12 @@ from dante_kernels.reproduce import runs
 from dante_kernels.reproduce.problems import Problem
 from dante_kernels.training import schedules
 
-from .defaults_rows import IN_PARALLEL, Row, case, for_fit, of, usual
+from .defaults_rows import IN_PARALLEL, Row, case, of, usual
 
 BATCH = 100
 NET = ("mnist", "784-100-100-10", "leaky_relu", "mse")
 # Rate, and what is set beside it. The first is what `fit` takes, and is compared with SGD's.
-RATE, USUAL = usual(*NET[2:])
+RATE, USUAL = usual(*NET[1:])
 CHOICES: tuple[tuple[float, Row], ...] = (
     (RATE, {"rounds": 12} | USUAL),
     (RATE, {"rounds": 16} | USUAL),
@@ -75,7 +75,7 @@ def train(row: Row, split: data.Dataset) -> Row:
         return row | {name: found[name] for name in ("test_loss", "test_accuracy", "seconds")}
     model = runs.build(widths, row["activation"], row["activation"], row["seed"])
     blocks = schedules.usual(rounds, parallel=True)
-    steps = for_fit({name: row["settings"][name] for name in USUAL.keys() - IN_PARALLEL.keys()}, widths[1:-1], loss)
+    steps = {name: row["settings"][name] for name in USUAL.keys() - IN_PARALLEL.keys()}
     dk.fit(
         model, x, y, loss=loss, schedule=blocks, lr=row["rate"], relative_lr=True, momentum=0.9, batch_size=batch,
         seed=row["seed"], **steps,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +23,18 @@ def case(*values: Any, **settings: Any) -> Row:
     return dict(zip(NAMES, (*values, settings), strict=True))
 
 
-def usual(activation: str, loss: str) -> tuple[float, Row]:
+def usual(net: str, activation: str, loss: str) -> tuple[float, Row]:
     """The rate and the settings that `dk.fit` takes for classes where nothing is given."""
-    rate, settings = in_turn(activation, loss)
+    rate, settings = in_turn(net, activation, loss)
     return rate, settings | IN_PARALLEL
 
 
-def in_turn(activation: str, loss: str) -> tuple[float, Row]:
+def in_turn(net: str, activation: str, loss: str) -> tuple[float, Row]:
     """The same in blocks of 20, one layer after the other."""
-    if activation != "leaky_relu":
-        return directions.RELATIVE_LR_ELSEWHERE, {"direction": "nesterov"}
-    rate = directions.RELATIVE_LR_MSE if loss == "mse" else directions.RELATIVE_LR_CROSS_ENTROPY
-    return rate, {"direction": "nesterov", "max_norm": "usual"}
-
-
-def for_fit(settings: Row, hidden: Sequence[int], loss: str) -> Row:
-    """A row's settings with max_norm, which it has as a part of the usual one of leaky ReLUs, as the number."""
-    if "max_norm" not in settings:
-        return settings
-    part = {"half": 0.5, "usual": 1.0, "twice": 2.0}[settings["max_norm"]]
-    by_relus = [(width, activations.NAMES["leaky_relu"]) for width in hidden]
-    return settings | {"max_norm": part * directions.usual_max_norm(by_relus, loss, classes=True)}
+    hidden = [(int(width), activations.NAMES[activation]) for width in net.split("-")[1:-1]]
+    bound = directions.usual_max_norm(hidden, loss, classes=True)
+    rate = directions.usual_lr(hidden, loss)
+    return rate, {"direction": "nesterov"} | ({"max_norm": bound} if math.isfinite(bound) else {})
 
 
 def read() -> list[Row]:

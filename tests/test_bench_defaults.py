@@ -39,7 +39,7 @@ def test_a_rate_that_diverges_with_one_split_is_not_the_best():
 def test_the_usual_settings_are_those_of_fit_with_nothing_set(monkeypatch, activation, loss):
     monkeypatch.setattr(defaults, "EPOCHS", 2)
     digits = data.load_digits()
-    rate, settings = usual(activation, loss)
+    rate, settings = usual("64-30-30-10", activation, loss)
     row = defaults.train(case("digits", "64-30-30-10", activation, loss, "dante", rate, 0, **settings), digits)
     model = runs.build((64, 30, 30, 10), activation, activation if loss == "mse" else "identity", 0)
     kept = len(digits.x_train) * 5 // 6
@@ -61,7 +61,7 @@ def test_the_table_of_changes_has_ratios_of_means_over_the_seeds():
     grid = ("mnist", "784-100-10", "leaky_relu", "mse")
     rows = []
     for other in defaults_changes.GRIDS:
-        for name, (rate, settings) in defaults_changes.changes(*other[2:]).items():
+        for name, (rate, settings) in defaults_changes.changes(*other[1:]).items():
             losses = (
                 (1.0, 2.0, 3.0)
                 if name == "nothing"
