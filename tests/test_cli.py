@@ -112,7 +112,7 @@ def test_the_file_says_what_it_is(dante):
         "dante_kernels": version,
     }
     settings = json.loads(metadata["settings"])
-    asked = {"rounds": 1, "batch_size": 100, "seed": 5, "inner_steps": 3, "lr": 0.003, "schedule": "round-robin", "bias": True}
+    asked = {"rounds": 1, "batch_size": 100, "seed": 5, "inner_steps": 3, "lr": 0.004, "schedule": "round-robin", "bias": True}
     assert asked.items() <= settings.items()
     shapes = [list(tensor.shape) for tensor in load_file("dante-digits.safetensors").values()]
     assert sorted(shapes) == sorted([[20, 64], [20], [15, 20], [15], [10, 15], [10]])
