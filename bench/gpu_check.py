@@ -59,7 +59,7 @@ def cases(few: bool) -> Iterator[dict[str, Any]]:
                 yield {"seed": i, "rows": rows, "n_in": n_in, "widths": widths, "loss": loss}
     for i, activation in enumerate(ACTIVATIONS):
         for loss in LOSSES[: 1 if few else None]:
-            for widths in ((12,), (12, 6), (12, 6, 5, 4)):
+            for widths in ((12,), (12, 6), (12, 6, 4), (12, 6, 5, 4)):
                 yield {
                     "seed": 20 + i, "rows": 27, "n_in": 19, "widths": widths, "loss": loss, "activation": activation,
                     "bias": len(widths) != 2,

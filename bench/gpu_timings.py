@@ -29,7 +29,7 @@ TIMED = [
     *((widths, "high") for widths in ((784, 100, 10), (3072, 512, 10))),
 ]  # fmt: skip
 MODELS = (1, 8, 32)
-SIDE_BY_SIDE = ((784, 100, 10), (784, 400, 200, 10))  # in one launch; launches of their own, on streams
+SIDE_BY_SIDE = ((784, 100, 10), (784, 400, 200, 100, 10))  # in one launch; launches of their own, on streams
 OURS = "SNGD by the plan"
 BATCHES = (20, 100, 500)
 SWITCHES = ("highest", "high")  # "high" for the form with one barrier a step

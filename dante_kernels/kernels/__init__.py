@@ -184,7 +184,7 @@ def sngd_blocks_(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]
     layers = chain(weights[0], biases[0], weights[1:], biases[1:], activations)
     blocks = one_launch.Blocks(schedule.to(device, non_blocking=True), relative, reset)
     models = [
-        one_launch.Model(w[0], b[0], v[0], vb[0], x, target, order, w[1], b[1], v[1], vb[1], lr)
+        one_launch.Model(w[0], b[0], v[0], vb[0], x, target, order, w[1], b[1], v[1], vb[1], lr, None, None)
         for w, b, x, target, order, _, _, _, _, lr, v, vb, *_ in calls
     ]
     results: list[tuple[Tensor, Tensor]] = []

@@ -29,6 +29,8 @@ class Model(NamedTuple):
     next_velocity_weight: Tensor | None
     next_velocity_bias: Tensor | None
     lr: Tensor
+    last_weight: Tensor | None
+    last_bias: Tensor | None
 
 
 class Blocks(NamedTuple):
@@ -41,11 +43,12 @@ class Blocks(NamedTuple):
 
 def model(call: Call) -> Model:
     """The tensors of a call."""
-    next_weight = call.suffix_weights[0] if call.suffix_weights else None
-    next_bias = call.suffix_biases[0] if call.suffix_biases else None
+    (next_weight, last_weight), (next_bias, last_bias) = (
+        [*suffix, None, None][:2] for suffix in (call.suffix_weights, call.suffix_biases)
+    )
     return Model(
         call.weight, call.bias, call.velocity_weight, call.velocity_bias, call.x, call.target, call.order,
-        next_weight, next_bias, None, None, call.lr,
+        next_weight, next_bias, None, None, call.lr, last_weight, last_bias,
     )  # fmt: skip
 
 
@@ -67,16 +70,16 @@ def run(
 ) -> list[tuple[Tensor, Tensor]]:
     """All mini-batches in one launch, in place, for models alike in everything but their tensors' addresses.
 
-    `layers` are the first model's active layer and, where there is one, the next: their activations and shapes are those of
-    all. Returns (losses, norms) of each model, one of each a step. Without `blocks` the steps are those of a pass.
+    `layers` are the first model's active layer and those after it, two at most: their activations and shapes are those of all.
+    Returns (losses, norms) of each model, one of each a step. Without `blocks` the steps are those of a pass.
     """
-    one, active, following = models[0], layers[0], layers[1] if len(layers) > 1 else None
+    one, active, (following, last) = models[0], layers[0], [*layers[1:], None, None][:2]
     rows = one.x.shape[0] if one.order is None else one.order.shape[0]
     batch = min(batch_size, rows)
     steps = -(-rows // batch) if blocks is None else blocks.schedule.shape[0]
     programs = tiles.programs
     padded = -(-batch // tiles.rows) * tiles.rows
-    one_tile = batch <= tiles.rows
+    one_tile = batch <= tiles.rows and last is None
 
     def scratch(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=one.x.device)
@@ -88,7 +91,9 @@ def run(
         z = scratch(len(models), 2, programs, padded, tiles.units + padded)
     elif tiles.split_in > 1 or not one_tile:
         z = scratch(len(models), tiles.split_out, tiles.split_in + 1, padded, tiles.units)
-    if exchanges_next:
+    if last is not None:
+        next_z = scratch(len(models), tiles.split_out + 1, padded, tiles.slices * tiles.next_units)
+    elif exchanges_next:
         next_z = scratch(len(models), tiles.split_out, padded, tiles.next_units)
     if programs > 1:
         sums = scratch(len(models), 5, programs)
@@ -103,17 +108,21 @@ def run(
         kernel, (len(models) * programs,),
         *one, *results[0], offsets, None if blocks is None else blocks.schedule, z, next_z, sums, counter,
         rows, batch, steps, one.x.shape[0], active.n_in, active.n_out, following.n_out if following else 0,
+        last.n_out if last else 0,
         _share(active.n_in, tiles.split_in, tiles.slices * tiles.inputs), _share(active.n_out, tiles.split_out, tiles.units),
         *_strides(one.weight), stride_of(one.bias), *_strides(one.velocity_weight), stride_of(one.velocity_bias),
         *_strides(one.x), stride_of(one.order), *_strides(one.target), *_strides(one.next_weight), stride_of(one.next_bias),
         *_strides(one.next_velocity_weight), stride_of(one.next_velocity_bias),
-        active.low, active.high, following.low if following else 0.0, following.high if following else 0.0, momentum,
-        x_scale,
-        KIND=active.kind, NEXT_KIND=following.kind if following else 0, LOSS=loss, CLASSES=one.target.dim() == 1,
-        NESTEROV=nesterov, RELATIVE=blocks is not None and blocks.relative, RESET=blocks is not None and blocks.reset,
+        *_strides(one.last_weight), stride_of(one.last_bias),
+        active.low, active.high, following.low if following else 0.0, following.high if following else 0.0,
+        last.low if last else 0.0, last.high if last else 0.0, momentum, x_scale,
+        KIND=active.kind, NEXT_KIND=following.kind if following else 0, LAST_KIND=last.kind if last else 0, LOSS=loss,
+        CLASSES=one.target.dim() == 1, NESTEROV=nesterov, RELATIVE=blocks is not None and blocks.relative,
+        RESET=blocks is not None and blocks.reset,
         PRECISION=tiles.precision, SPLIT_OUT=tiles.split_out, SPLIT_IN=tiles.split_in, SLICES=tiles.slices, ONE_TILE=one_tile,
         ONE_BARRIER=tiles.one_barrier,
         BLOCK_B=tiles.rows, BLOCK_OUT=tiles.units, BLOCK_IN=tiles.inputs, BLOCK_NEXT=tiles.next_units,
+        BLOCK_LAST=tiles.last_units,
         BLOCK_PROGRAMS=triton.next_power_of_2(programs),
         num_warps=tiles.num_warps, num_stages=1, persistent=True,
     )  # fmt: skip

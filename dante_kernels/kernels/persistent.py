@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import barrier
+from . import barrier, tiling
 from .barrier import arrive, meet, wait
 from .device import CROSS_ENTROPY, MSE, divide, multiply_add, phi, slope, tile_sum
 from .tile import (
@@ -25,10 +25,13 @@ from .tile import (
     rows_of,
     squares_of,
     sum_of_parts,
+    through,
     with_bias,
 )
 
 SPACING = tl.constexpr(barrier.SPACING)
+
+PIECE = tl.constexpr(tiling.PIECE)
 
 _VARYING = ["rows", "batch", "steps", "x_rows", "stride_order", "stride_tr", "stride_tc"]
 
@@ -36,26 +39,27 @@ _VARYING = ["rows", "batch", "steps", "x_rows", "stride_order", "stride_tr", "st
 @triton.jit(do_not_specialize=_VARYING)
 def persistent(
     p_weight, p_bias, p_velocity_weight, p_velocity_bias, p_x, p_target, p_order,
-    p_next_weight, p_next_bias, p_next_velocity_weight, p_next_velocity_bias, p_lr, p_losses, p_norms,
-    p_offsets, p_schedule, p_z, p_next_z, p_sums, p_counter,
-    rows, batch, steps, x_rows, n_in, n_out, n_next, share_in, share_out,
+    p_next_weight, p_next_bias, p_next_velocity_weight, p_next_velocity_bias, p_lr, p_last_weight, p_last_bias,
+    p_losses, p_norms, p_offsets, p_schedule, p_z, p_next_z, p_sums, p_counter,
+    rows, batch, steps, x_rows, n_in, n_out, n_next, n_last, share_in, share_out,
     stride_wo, stride_wi, stride_bias, stride_vo, stride_vi, stride_vbias, stride_xr, stride_xc, stride_order,
     stride_tr, stride_tc, stride_no, stride_ni, stride_nbias, stride_nvo, stride_nvi, stride_nvbias,
-    low, high, next_low, next_high, momentum, x_scale,
-    KIND: tl.constexpr, NEXT_KIND: tl.constexpr, LOSS: tl.constexpr, CLASSES: tl.constexpr, NESTEROV: tl.constexpr,
-    RELATIVE: tl.constexpr, RESET: tl.constexpr,
+    stride_lo, stride_li, stride_lbias,
+    low, high, next_low, next_high, last_low, last_high, momentum, x_scale,
+    KIND: tl.constexpr, NEXT_KIND: tl.constexpr, LAST_KIND: tl.constexpr, LOSS: tl.constexpr, CLASSES: tl.constexpr,
+    NESTEROV: tl.constexpr, RELATIVE: tl.constexpr, RESET: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT_OUT: tl.constexpr, SPLIT_IN: tl.constexpr, SLICES: tl.constexpr, ONE_TILE: tl.constexpr,
     ONE_BARRIER: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_NEXT: tl.constexpr,
-    BLOCK_PROGRAMS: tl.constexpr,
+    BLOCK_LAST: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """SNGD over mini-batches of up to `batch` rows on the last layer, on the one before it, or on both of them in turn.
+    """SNGD over mini-batches of up to `batch` rows on one of the last three layers, or on the last two of them in turn.
 
     A cooperative 1D grid of SPLIT_OUT SPLIT_IN programs for each model, all resident; models know nothing of each other.
     Program (u, i) keeps W[units of u, inputs of i] and its velocity in registers from the first step to the last; u has
     `share_out` <= BLOCK_OUT units, i has `share_in` <= SLICES BLOCK_IN inputs. A tile is (SLICES, BLOCK_OUT, BLOCK_IN), a
     warp for each slice of the inputs: so its products are split over the inner dimension, and no warp holds all of W. With
     SLICES = 1, for matrix units, it is (BLOCK_OUT, BLOCK_IN). Of a next layer it keeps the columns of u's units. Up to three
-    barriers a step:
+    barriers a step, or five with two layers after the active one:
 
     - with SPLIT_IN > 1: the partial Z = X W^T of a unit group's programs are exchanged in `z`, and each of them adds up
       all of them;
@@ -66,6 +70,12 @@ def persistent(
     Where a mini-batch is one tile of BLOCK_B rows (ONE_TILE), X and Z stay in registers over the step, and the rows of the
     next mini-batch are loaded while the last barrier is waited for. Otherwise tiles follow each other between the
     barriers; X is read twice, Z is added up once, by one program of the unit group for each tile, and read from memory.
+
+    With a layer after the next one (p_last_weight) it is always so. The next layer's weights are (SLICES, BLOCK_NEXT,
+    BLOCK_OUT) and the last one's (SLICES, BLOCK_LAST, BLOCK_NEXT), a warp for each slice of the next layer's units. Its partial
+    pre-activations are added up by all programs, PIECE at a time, with the bias; after one more barrier the program of a unit
+    group to which a tile belongs takes it through the last layer and back to D, which after a fifth barrier, with
+    SPLIT_IN > 1, the others of the group read.
 
     Every program adds up exchanged numbers in the same order. `sums` is used in turn by even and odd steps, since there may
     be no other barrier that keeps a fast program from its next step; the other buffers need no second half, since each
@@ -80,13 +90,15 @@ def persistent(
     norm at the block's start where RELATIVE, and from zero velocity where RESET. With `offsets` (models, POINTERS) int64
     the first POINTERS pointers of each model lie that many elements after those of the call.
 
-    x, target, order, strides, the loss and bad rows as in `layers.product`; for the cross-entropy the last layer must lie
-    whole in every program that computes it (SPLIT_OUT = 1 without a next layer; n_next <= BLOCK_NEXT). Loss and norm of
-    step t to losses[t] and norms[t]. Where a norm is zero or not finite, that step changes nothing.
+    x, target, order, strides, the loss and bad rows as in `layers.product`; for the cross-entropy an active last layer must lie
+    whole in one program (SPLIT_OUT = 1). Loss and norm of step t to losses[t] and norms[t]. Where a norm is zero or not finite,
+    that step changes nothing.
     """
     PROGRAMS: tl.constexpr = SPLIT_OUT * SPLIT_IN
     MOMENTUM: tl.constexpr = p_velocity_weight is not None
     HAS_NEXT: tl.constexpr = p_next_weight is not None
+    HAS_LAST: tl.constexpr = p_last_weight is not None
+    WIDE: tl.constexpr = BLOCK_NEXT * (SLICES if HAS_LAST else 1)
     ROUNDS: tl.constexpr = p_schedule is not None
     GRAM_PRECISION: tl.constexpr = "tf32" if PRECISION == "bf16" else PRECISION
     # Numbers of one model, or of one tile, are constants: the compiler would keep others in registers through all steps.
@@ -101,7 +113,7 @@ def persistent(
     if not ONE_TILE:
         tiles = tl.cdiv(batch, BLOCK_B)
     z_size = tiles * BLOCK_B * BLOCK_OUT
-    next_size = tiles * BLOCK_B * BLOCK_NEXT
+    next_size = tiles * BLOCK_B * WIDE
     p_x = of_model(p_x, p_offsets, model, 4)
     p_target = of_model(p_target, p_offsets, model, 5)
     if p_order is not None:  # Triton 3.6 has no function return None
@@ -109,7 +121,7 @@ def persistent(
     p_lr = of_model(p_lr, p_offsets, model, 11)
     if p_offsets is not None:
         if p_next_z is not None:
-            p_next_z += model.to(tl.int64) * SPLIT_OUT * next_size
+            p_next_z += model.to(tl.int64) * (SPLIT_OUT + HAS_LAST) * next_size
         if PROGRAMS > 1:
             p_sums += model * (5 * PROGRAMS)
             p_counter += model * SPACING
@@ -132,10 +144,11 @@ def persistent(
     unit_64 = unit.to(tl.int64)
     column_64 = column.to(tl.int64)
     following = tl.arange(0, BLOCK_NEXT)
+    if HAS_LAST:
+        following = tl.arange(0, SLICES)[:, None] * BLOCK_NEXT + following[None, :]
     m_next = following < n_next
-    m_next_w = m_next[:, None] & m_unit[None, :]
     z_tile = local_row[:, None] * BLOCK_OUT + local_unit[None, :]
-    next_tile = local_row[:, None] * BLOCK_NEXT + following[None, :]
+    next_tile = local_row[:, None] * WIDE + tl.expand_dims(following, -2)
     gram_tile = z_size + local_row[:, None] * BLOCK_B + local_row[None, :]
     every = tl.arange(0, BLOCK_PROGRAMS)
     m_every = every < PROGRAMS
@@ -158,13 +171,26 @@ def persistent(
     next_w = tl.zeros([BLOCK_NEXT, BLOCK_OUT], tl.float32)
     next_bias = tl.zeros([BLOCK_NEXT], tl.float32)
     if HAS_NEXT:
+        following_64 = following.to(tl.int64)
         p_next_w = of_model(p_next_weight, p_offsets, model, 7)
-        p_next_w += following.to(tl.int64)[:, None] * stride_no + unit_64[None, :] * stride_ni
+        # With a layer after it (SLICES, BLOCK_NEXT, BLOCK_OUT), a warp for each slice of its units.
+        p_next_w += tl.expand_dims(following_64, -1) * stride_no + unit_64 * stride_ni
+        m_next_w = tl.expand_dims(m_next, -1) & m_unit
         next_w = tl.load(p_next_w, mask=m_next_w, other=0.0)
         if p_next_bias is not None:
-            next_bias = tl.load(
-                of_model(p_next_bias, p_offsets, model, 8) + following.to(tl.int64) * stride_nbias, mask=m_next, other=0.0
-            )
+            p_next_b = of_model(p_next_bias, p_offsets, model, 8)
+            if not HAS_LAST:
+                next_bias = tl.load(p_next_b + following_64 * stride_nbias, mask=m_next, other=0.0)
+    if HAS_LAST:
+        last_unit = tl.arange(0, BLOCK_LAST)
+        m_last = last_unit < n_last
+        p_last_w = of_model(p_last_weight, p_offsets, model, 12)
+        p_last_w += last_unit.to(tl.int64)[:, None] * stride_lo + tl.expand_dims(following_64, -2) * stride_li
+        last_w = tl.load(p_last_w, mask=m_last[:, None] & tl.expand_dims(m_next, -2), other=0.0)
+        last_bias = tl.zeros([BLOCK_LAST], tl.float32)
+        if p_last_bias is not None:
+            p_last_b = of_model(p_last_bias, p_offsets, model, 13) + last_unit.to(tl.int64) * stride_lbias
+            last_bias = tl.load(p_last_b, mask=m_last, other=0.0)
     next_v = next_w
     next_v_bias = next_bias
     if ROUNDS and MOMENTUM:
@@ -212,6 +238,11 @@ def persistent(
                     next_v = tl.where(layer == 1, 0.0, next_v)
                     next_v_bias = tl.where(layer == 1, 0.0, next_v_bias)
 
+        elements = count.to(tl.float32)
+        if LOSS != CROSS_ENTROPY:
+            elements *= n_last if HAS_LAST else (n_next if HAS_NEXT else n_out)
+        scale = divide(tl.full([], 2.0 if LOSS == MSE else 1.0, tl.float32), elements)
+        loss = tl.zeros([], tl.float32)
         if ONE_TILE:
             z = product(x, w, PRECISION)
             if ONE_BARRIER:
@@ -257,18 +288,48 @@ def persistent(
                 z = with_bias(sum_of_parts(p_tile, None, z_size, SPLIT_IN), bias, exists)
                 tl.store(p_tile + SPLIT_IN * z_size, z)
                 if HAS_NEXT:
-                    p_next_tile = p_next_z + unit_group * next_size + tile * (BLOCK_B * BLOCK_NEXT) + next_tile
-                    tl.store(p_next_tile, next_product(z, next_w, low, high, KIND, PRECISION))
+                    p_next_tile = p_next_z + unit_group * next_size + tile * (BLOCK_B * WIDE) + next_tile
+                    if HAS_LAST:
+                        tl.store(p_next_tile, through(phi(z, low, high, KIND), tl.permute(next_w, (0, 2, 1)), PRECISION))
+                    else:
+                        tl.store(p_next_tile, next_product(z, next_w, low, high, KIND, PRECISION))
             if PROGRAMS > 1:
                 sense = meet(p_counter, program, sense, PROGRAMS)
             else:
                 tl.debug_barrier()
+            if HAS_LAST:
+                for piece in range(program, tiles * (BLOCK_B * WIDE // PIECE), PROGRAMS):
+                    at = piece * PIECE + tl.arange(0, PIECE)
+                    next_z = sum_of_parts(p_next_z + at, None, next_size, SPLIT_OUT)
+                    if p_next_bias is not None:
+                        next_unit = at % WIDE
+                        next_z += tl.load(p_next_b + next_unit.to(tl.int64) * stride_nbias, mask=next_unit < n_next, other=0.0)
+                    tl.store(p_next_z + SPLIT_OUT * next_size + at, next_z)
+                if PROGRAMS > 1:
+                    sense = meet(p_counter, program, sense, PROGRAMS)
+                else:
+                    tl.debug_barrier()
+                for tile in range(input_group, tiles, SPLIT_IN):
+                    row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
+                    p_next_tile = p_next_z + SPLIT_OUT * next_size + tile * (BLOCK_B * WIDE) + next_tile
+                    next_z = tl.where(exists[:, None], exchanged(p_next_tile, None), float("nan"))
+                    last_z = product(phi(next_z, next_low, next_high, NEXT_KIND), last_w, PRECISION)
+                    d, value = last_layer(
+                        with_bias(last_z, last_bias, exists), p_target, row, exists, m_row, last_unit, m_last,
+                        stride_tr, stride_tc, n_last, scale, last_low, last_high, LAST_KIND, LOSS, CLASSES,
+                    )  # fmt: skip
+                    loss += value
+                    next_d = through(d, last_w, PRECISION) * slope(next_z, next_low, next_high, NEXT_KIND)
+                    back = product(next_d, tl.permute(next_w, (0, 2, 1)), PRECISION)
+                    p_tile = p_z + SPLIT_IN * z_size + tile * (BLOCK_B * BLOCK_OUT) + z_tile
+                    z = exchanged(p_tile, None)
+                    d = tl.where(m_row[:, None] & m_unit[None, :], back * slope(z, low, high, KIND), 0.0)
+                    tl.store(p_tile, d)
+                if SPLIT_IN > 1:
+                    sense = meet(p_counter, program, sense, PROGRAMS)
+                else:
+                    tl.debug_barrier()
 
-        elements = count.to(tl.float32)
-        if LOSS != CROSS_ENTROPY:
-            elements *= n_next if HAS_NEXT else n_out
-        scale = divide(tl.full([], 2.0 if LOSS == MSE else 1.0, tl.float32), elements)
-        loss = tl.zeros([], tl.float32)
         grad = tl.zeros_like(w)
         grad_bias = tl.zeros([BLOCK_OUT], tl.float32)
         next_grad = tl.zeros([BLOCK_NEXT, BLOCK_OUT], tl.float32)
@@ -280,11 +341,13 @@ def persistent(
                 row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
                 z = tl.load(p_z + SPLIT_IN * z_size + tile * (BLOCK_B * BLOCK_OUT) + z_tile, cache_modifier=".cg")
                 last_z = z
-                if HAS_NEXT:
-                    p_next_tile = p_next_z + tile * (BLOCK_B * BLOCK_NEXT) + next_tile
+                if HAS_NEXT and not HAS_LAST:
+                    p_next_tile = p_next_z + tile * (BLOCK_B * WIDE) + next_tile
                     last_z = with_bias(sum_of_parts(p_next_tile, None, next_size, SPLIT_OUT), next_bias, exists)
                 x = load_rows(p_x_columns, stride_xr, row, m_row & exists & (layer == 0), m_column, x_scale)
-            if HAS_NEXT:
+            if HAS_LAST:
+                d = z
+            elif HAS_NEXT:
                 d, value = last_layer(
                     last_z, p_target, row, exists, m_row, following, m_next, stride_tr, stride_tc, n_next, scale,
                     next_low, next_high, NEXT_KIND, LOSS, CLASSES,
@@ -304,7 +367,8 @@ def persistent(
                     last_z, p_target, row, exists, m_row, unit, m_unit, stride_tr, stride_tc, n_out, scale,
                     low, high, KIND, LOSS, CLASSES,
                 )  # fmt: skip
-            loss += value
+            if not HAS_LAST:
+                loss += value
             grad = add_gradient(d, x, grad, PRECISION)
             grad_bias += tl.sum(d, axis=0)
             if ONE_BARRIER:
@@ -327,7 +391,7 @@ def persistent(
                 own = squares_of(next_grad, next_grad_bias, program == 0, p_next_bias is not None)
                 squares += tl.where(input_group == 0, own, 0.0)
             if PROGRAMS > 1:
-                counted = program == 0 if HAS_NEXT else input_group == 0
+                counted = unit_group == 0 if HAS_LAST else (program == 0 if HAS_NEXT else input_group == 0)
                 p_half = p_sums + (step % 2) * (2 * PROGRAMS)
                 tl.store(p_half + program, squares)
                 tl.store(p_half + PROGRAMS + program, tl.where(counted, loss, 0.0))
@@ -342,8 +406,8 @@ def persistent(
                 loss = tl.sum(exchanged(p_half + PROGRAMS + every, m_every), axis=0)
         norm = tl.sqrt_rn(squares)
         if program == 0:
-            tl.store(of_model(p_norms, p_offsets, model, 13) + step, norm)
-            tl.store(of_model(p_losses, p_offsets, model, 12) + step, divide(loss, elements))
+            tl.store(of_model(p_norms, p_offsets, model, 15) + step, norm)
+            tl.store(of_model(p_losses, p_offsets, model, 14) + step, divide(loss, elements))
         # NaN is neither above 0 nor below infinity.
         moves = (norm > 0) & (norm < float("inf"))
         now = moves & (acted == 0)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import losses
-from . import cost
+from . import cost, tiling
 from .cost import H200, Cost, Device, Shape
 from .tiling import power_of_two
 
@@ -42,7 +42,8 @@ class Persistent(NamedTuple):
     rows: int
     units: int
     inputs: int
-    next_units: int
+    next_units: int  # of each slice, where another layer follows it
+    last_units: int
     split_out: int
     split_in: int
     slices: int  # of the inputs of a program
@@ -67,6 +68,10 @@ PERSISTENT_REGISTERS = 160
 # layer some specialization spills.
 ONE_BARRIER_ROWS, ONE_BARRIER_UNITS, ONE_BARRIER_INPUTS = 32, 128, (64, 32)
 
+# With two layers after the active one: the most units of both, (units, inputs of a warp), and rows. Found by compiling: with
+# more some specialization spills.
+DEEP_WIDTHS, DEEP_TILES, DEEP_ROWS, DEEP_WARPS = (256, 16), ((16, 16), (16, 32), (32, 16)), 16, 8
+
 # A modelled time within this factor of the best is as good: the model is no better than that.
 NEAR = 1.15
 
@@ -89,24 +94,36 @@ def side_by_side(how: Persistent, models: int, most_programs: int, device: Devic
 
 
 def _persistent(
-    n_out: int, n_in: int, n_next: int, batch: int, units: int, inputs: int, warps: int, device: Device, rows: int = 32
+    widths: tuple[int, ...], batch: int, units: int, inputs: int, warps: int, device: Device, rows: int = 32
 ) -> Persistent:
+    n_in, n_out, *suffix = widths
     split_out, split_in = -(-n_out // units), -(-n_in // (warps * inputs))
-    next_units = power_of_two(n_next, 16, 64) if n_next else 16
+    n_next, deep = suffix[0] if suffix else 0, len(suffix) == 2
+    next_units = power_of_two(-(-n_next // warps) if deep else n_next, 16, 64) if suffix else 16
+    last_units = power_of_two(suffix[-1], 16, 64) if deep else 16
     tiles = -(-batch // rows)
     padded, programs = tiles * rows, split_out * split_in
-    products = 2 * padded * warps * inputs * units + (2 * padded * units * next_units if n_next else 0)
-    if tiles == 1:
+    products = 2 * padded * warps * inputs * units
+    if deep:
+        # Of so many rows a program adds up Z, and goes to the next layer, through the last one and back.
+        own, wide = -(-tiles // split_in) * rows, warps * next_units
+        products += 2 * own * wide * (units + last_units)
+        barriers = 2 * (split_in > 1) + 3 * (programs > 1)
+        pieces = -(-padded * wide // (tiling.PIECE * programs)) * tiling.PIECE
+        exchanged = (2 * warps * inputs + 2 * units) * padded + own * ((split_in + 2) * units + 2 * wide)
+        exchanged += (split_out + 1) * pieces
+    elif tiles == 1:
+        products += 2 * padded * units * next_units if suffix else 0
         barriers = (split_in > 1) + (n_next > 0 and split_out > 1) + (programs > 1)
         exchanged = (warps * inputs + (split_in > 1) * split_in * units + (split_out > 1) * split_out * n_next) * padded
     else:
+        products += 2 * padded * units * next_units if suffix else 0
         barriers = (split_in > 1) + 2 * (programs > 1)
         exchanged = (2 * warps * inputs + 2 * units + split_out * n_next) * padded
     time = barriers * (device.barrier + device.barrier_program * programs) + (tiles - 1) * device.tile
     time += products / 1e6 / device.fma
-    how = Persistent(
-        rows, units, inputs, next_units, split_out, split_in, warps, warps, "ieee", False, 4 * exchanged / 1e6, time
-    )
+    drawn = 4 * exchanged / 1e6
+    how = Persistent(rows, units, inputs, next_units, last_units, split_out, split_in, warps, warps, "ieee", False, drawn, time)
     return how._replace(microseconds=time + _from_l2(how, 1, device))
 
 
@@ -119,7 +136,7 @@ def _one_barrier(
     products = rows * (2 * inputs * units + rows * (inputs + units) + (2 * units * next_units if n_next else 0))
     exchanged = batch * inputs + split_in * batch * (n_out + batch)
     time = device.barrier + device.barrier_program * split_in + products / 1e6 / device.rate(precision)
-    how = Persistent(rows, units, inputs, next_units, 1, split_in, 1, 8, precision, True, 4 * exchanged / 1e6, time)
+    how = Persistent(rows, units, inputs, next_units, 16, 1, split_in, 1, 8, precision, True, 4 * exchanged / 1e6, time)
     return how._replace(microseconds=time + _from_l2(how, 1, device))
 
 
@@ -130,7 +147,7 @@ def persistent(
 
     So that several models run side by side, with the tiles, and the bits, of each alone. None where the plan does not serve.
 
-    It serves the last layer and the one before it, where the layer fits the registers of at most `most_programs` programs.
+    It serves the last three layers, where the layer fits the registers of at most `most_programs` programs.
     Its arithmetic is plain float32 whatever the precision switch allows: that costs little there, and tf32 needs registers
     that the tiles have. Only the form with one barrier a step has its products on the matrix units, in the switch's
     precision. Times up to `near` times the fastest count as equal. `both` says that the last layer is trained too, in turn
@@ -138,20 +155,25 @@ def persistent(
     """
     n_in, n_out, *suffix = shape.widths
     n_next, batch = suffix[0] if suffix else 0, shape.batch
-    if len(suffix) > 1 or n_next > (16 if both else 64):
+    if len(suffix) > 2 or (len(suffix) < 2 and n_next > (16 if both else 64)):
         return None
     # Found by compiling: larger tiles spill. Widened bfloat16 in a dot of 64 rows would be rounded to tf32 (`tiling._largest`).
     rows, widest = (16, (16,)) if both else (32, (16, 32, 64))
+    sizes = list(itertools.product((4, 8), widest, widest))
+    if len(suffix) == 2:
+        if n_next > DEEP_WIDTHS[0] or suffix[1] > DEEP_WIDTHS[1]:
+            return None
+        rows, sizes = DEEP_ROWS, [(DEEP_WARPS, *tile) for tile in DEEP_TILES]
     fitting = []
-    for warps, units, inputs in itertools.product((4, 8), widest, widest):
-        tiles = _persistent(n_out, n_in, n_next, batch, units, inputs, warps, device, rows)
+    for warps, units, inputs in sizes:
+        tiles = _persistent(shape.widths, batch, units, inputs, warps, device, rows)
         registers = ((3 + shape.momentum) * units * inputs + 2 * tiles.rows * (inputs + units)) // 32
         if registers > PERSISTENT_REGISTERS or tiles.programs > most_programs:
             continue
         if shape.loss == losses.CROSS_ENTROPY and not suffix and tiles.split_out > 1:
             continue
         fitting.append(tiles)
-    fits = batch <= ONE_BARRIER_ROWS and n_out <= ONE_BARRIER_UNITS
+    fits = len(suffix) < 2 and batch <= ONE_BARRIER_ROWS and n_out <= ONE_BARRIER_UNITS
     if device.one_barrier and shape.precision != "highest" and not both and fits:
         inputs = ONE_BARRIER_INPUTS[shape.momentum or shape.x_dtype == torch.bfloat16]
         tiles = _one_barrier(n_out, n_in, n_next, batch, inputs, "tf32" if shape.precision == "high" else "bf16", device)
@@ -233,7 +255,7 @@ def _persistent_cost(tiles: Persistent, shape: Shape, most_programs: int, device
 def _refusal(shape: Shape, most_programs: int, device: Device) -> str:
     """Why the persistent plan does not serve: each demand of the shape put to it alone, the others made as easy as can be."""
     n_in, n_out, *suffix = shape.widths
-    easy = shape._replace(widths=(1, 1, *[1] * min(len(suffix), 1)), batch=1, loss=losses.MSE, momentum=False)
+    easy = shape._replace(widths=(1, 1, *[1] * min(len(suffix), 2)), batch=1, loss=losses.MSE, momentum=False)
 
     def serves(most_programs: int = _PLENTY, **demand: Any) -> bool:
         return persistent(easy._replace(**demand), most_programs, device) is not None
@@ -242,9 +264,14 @@ def _refusal(shape: Shape, most_programs: int, device: Device) -> str:
     if not serves(widths=(1, 1, *[1] * len(suffix))):
         most = bisect.bisect(range(len(suffix)), 0, key=lambda depth: not serves(widths=(1, 1, *[1] * depth))) - 1
         reasons.append(f"{len(suffix)} layers after it > {most}")
-    if suffix and not serves(widths=(1, 1, suffix[0])):
-        most = bisect.bisect(range(1, suffix[0]), 0, key=lambda width: not serves(widths=(1, 1, width)))
-        reasons.append(f"next layer's width {suffix[0]} > {most}")
+    for place, which in ((0, "next"), (1, "last"))[: len(suffix) if len(suffix) < 3 else 0]:
+
+        def alone(width: int, place: int = place) -> bool:
+            return serves(widths=(1, 1, *[width if i == place else 1 for i in range(len(suffix))]))
+
+        if not alone(suffix[place]):
+            most = bisect.bisect(range(1, suffix[place]), 0, key=lambda width: not alone(width))
+            reasons.append(f"{which} layer's width {suffix[place]} > {most}")
     whole = (n_in, n_out, *easy.widths[2:])
     if not serves(most_programs, widths=whole, momentum=shape.momentum):
         kept = "W and its velocity do" if shape.momentum else "W does"

@@ -25,7 +25,7 @@ from .layers import softmax_tile
 # How many times a Gram norm's square may be below the bound of its terms.
 TRUST = tl.constexpr(64.0)
 
-POINTERS = tl.constexpr(14)  # of a model, in the order of the persistent kernel's arguments
+POINTERS = tl.constexpr(16)  # of a model, in the order of the persistent kernel's arguments
 
 
 @triton.jit
@@ -91,6 +91,14 @@ def product(x, w, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def through(h, w, PRECISION: tl.constexpr):
+    """h w of each slice of w, (SLICES, BLOCK_B, columns of w)."""
+    every = tl.broadcast_to(h[None, :, :], [w.shape[0], h.shape[0], h.shape[1]])
+    zeros = tl.zeros([w.shape[0], h.shape[0], w.shape[2]], tl.float32)
+    return multiply_add(every, w, zeros, PRECISION)
+
+
+@triton.jit
 def add_gradient(d, x, grad, PRECISION: tl.constexpr):
     """grad + d^T x over a program's columns, of the tile's shape."""
     d_t = tl.trans(d)
@@ -148,7 +156,7 @@ def gram_squares(d, gram, PRECISION: tl.constexpr):
 @triton.jit
 def with_bias(z, bias, exists):
     """z + bias, NaN for rows that do not exist."""
-    return tl.where(exists[:, None], z + bias[None, :], float("nan"))
+    return tl.where(exists[:, None], z + tl.expand_dims(bias, -2), float("nan"))
 
 
 @triton.jit

@@ -53,6 +53,11 @@ def _largest(wanted: int, precision: str, x_dtype: torch.dtype) -> int:
     return min(wanted, 32) if precision == "ieee" and x_dtype != torch.float32 else wanted
 
 
+def _warps(largest: int, precision: str) -> int:
+    """With 4 warps some ieee specialization of a large tile spills, for sm_100 or under Triton 3.6 or 3.9."""
+    return 8 if precision == "ieee" and largest == 64 else 4
+
+
 def step_product(n_out: int, n_in: int, switch: str | None = None) -> Tiles:
     """Tiles of a layer's product in a step, forward or backward, where n_out is the width of the result."""
     large = n_out * n_in >= LARGE_WEIGHT
@@ -66,7 +71,9 @@ def forward_product(n_out: int, n_in: int, x_dtype: torch.dtype) -> Tiles:
     """Tiles of `layer_forward`, which mostly sees many rows at once."""
     precision = _precision(n_out * n_in >= LARGE_WEIGHT, None)
     largest = _largest(64, precision, x_dtype)
-    return Tiles(largest, power_of_two(n_out, 16, largest), 16 if precision == "ieee" else 32, precision, 4, 3)
+    return Tiles(
+        largest, power_of_two(n_out, 16, largest), 16 if precision == "ieee" else 32, precision, _warps(largest, precision), 3
+    )
 
 
 def gradient_product(n_out: int, n_in: int, x_dtype: torch.dtype, switch: str | None = None) -> Tiles:
@@ -74,8 +81,7 @@ def gradient_product(n_out: int, n_in: int, x_dtype: torch.dtype, switch: str | 
     precision = _precision(n_out * n_in >= LARGE_WEIGHT, switch)
     wanted = 64 if n_out * n_in >= LARGE_GRADIENT else 32
     largest = _largest(wanted, precision, x_dtype)
-    # With 4 warps some ieee specialization of the large tile spills under Triton 3.6 or 3.9.
-    num_warps = 8 if precision == "ieee" and largest == 64 else 4
+    num_warps = _warps(largest, precision)
     inner = 16 if precision == "ieee" and wanted == 64 else 32
     return Tiles(power_of_two(n_out, 16, largest), power_of_two(n_in, 16, largest), inner, precision, num_warps, 3)
 
@@ -161,3 +167,7 @@ def gram_tiles(rows: int, n_out: int, n_in: int) -> tuple[int, int]:
     along = -(-rows // block)
     share = (n_in + n_out) * along * (along + 1) // 2 // GRAM_PROGRAMS
     return block, max(GRAM_SHARE, -(-share // GRAM_INNER) * GRAM_INNER)
+
+
+# With two layers after the active one, the persistent plan's programs add up partial pre-activations so many at once.
+PIECE = 256

@@ -93,6 +93,13 @@ PERSISTENT_CASES = [
     ((784, 100, 10), 20, "cross_entropy", TANH, "high", "two models"),
     ((784, 128, 64), 20, "binary_cross_entropy", SIGMOID, "high", "uint8 two models"),
     ((784, 10), 20, "cross_entropy", LEAKY, "highest", "two models"),
+    ((784, 400, 200, 10), 20, "mse", LEAKY, "highest", "momentum"),
+    ((784, 400, 200, 10), 20, "cross_entropy", TANH, "highest", ""),
+    ((784, 400, 200, 10), 100, "mse", SIGMOID, "highest", "uint8 momentum"),
+    ((784, 100, 100, 10), 20, "mse", LEAKY, "highest", "momentum"),
+    ((784, 100, 100, 10), 20, "cross_entropy", LEAKY, "highest", "momentum, two models"),
+    ((784, 100, 100, 16), 20, "binary_cross_entropy", SIGMOID, "highest", "bfloat16"),
+    ((100, 40, 20, 10), 20, "mse", TANH, "highest", "transposed"),
 ]
 
 # widths, batch, with momentum and rates relative to the layer's norm, models
@@ -163,6 +170,7 @@ class Collector:
             if persistent:
                 label += f" x {num_warps} warps, {constants['SPLIT_OUT']} x {constants['SPLIT_IN']} programs"
                 label += ", models" if signature["p_offsets"] != "constexpr" else ""
+                label += ", two layers after" if signature["p_last_weight"] != "constexpr" else ""
                 label += ", blocks" if signature["p_schedule"] != "constexpr" else ""
         if label.startswith("gradient") and signature["p_x"] == "constexpr":
             label = label.replace("gradient", "squares of the gradient")
@@ -256,6 +264,8 @@ def barriers(constexprs: dict) -> int:
     if "SPLIT_OUT" not in constexprs:
         return 0
     units, inputs = constexprs["SPLIT_OUT"] > 1, constexprs["SPLIT_IN"] > 1
+    if constexprs.get("p_last_weight", 0) is not None:
+        return 2 * inputs + 3 * (units or inputs)
     if not constexprs["ONE_TILE"]:
         return inputs + 2 * (units or inputs) + (constexprs["RELATIVE"] and (units or inputs))
     if constexprs["ONE_BARRIER"]:

@@ -27,8 +27,8 @@ WAIT = "sense = wait(p_counter, sense)\n"
 
 def tiles(p: Problem, batch: int) -> plan.Persistent:
     """Tiles of 16 units and 4 x 16 inputs, so that small problems have several programs."""
-    n_next = p.suffix[0].weight.shape[0] if p.suffix else 0
-    return plan._persistent(*p.weight.shape, n_next, batch, 16, 16, 4, plan.H200)
+    widths = (p.weight.shape[1], p.weight.shape[0], *(layer.weight.shape[0] for layer in p.suffix))
+    return plan._persistent(widths, batch, 16, 16, 4, plan.H200, rows=16 if len(p.suffix) == 2 else 32)
 
 
 def one_barrier_tiles(p: Problem, batch: int, inputs: int = 32) -> plan.Persistent:

@@ -121,8 +121,8 @@ MUTANTS = {
     "no wait for Z": (WAIT, 0, "sense = ~sense\n", False),
     "no barrier for Z": ("arrive(p_counter, program, PROGRAMS)\n", 0, "pass\n", False),
     "one half of the exchange buffer": ("(step % 2) * (SPLIT_IN * z_slice)", 0, "0", False),
-    "no wait for the exact norm": (MEET, 5, ONLY_ARRIVE, True),
-    "no barrier for the exact norm": (MEET, 5, "pass\n", True),
+    "no wait for the exact norm": (MEET, 7, ONLY_ARRIVE, True),
+    "no barrier for the exact norm": (MEET, 7, "pass\n", True),
     "no bias in the norm": ("gram += 1.0\n", 0, "pass\n", False),
     "rows of the next mini-batch too soon": ("ahead_m_row, ahead_x\n", 0, "ahead_m_row, x\n", False),
 }

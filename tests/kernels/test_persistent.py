@@ -20,12 +20,19 @@ from dante_kernels import kernels, losses
 from dante_kernels.kernels import barrier, one_launch, persistent, plan
 from dante_kernels.ops.layer import flatten
 
-# (n_in, widths): alone; units split; inputs split; both, with and without a next layer
+# (n_in, widths): alone; units split; inputs split; both, with and without a next layer, and with two
 SHAPES = [(40, (15, 10)), (40, (40, 10)), (150, (12, 7)), (150, (37, 10)), (150, (37,)), (150, (12,)), (30, (40,))]
+DEEP = [(40, (15, 12, 10)), (40, (40, 70, 10)), (150, (12, 130, 7)), (150, (37, 70, 10))]
 # For the form with one barrier: with and without a next layer; units that fill a tile and those that do not.
 GRAM_SHAPES = [(70, (37, 10)), (150, (16, 7)), (70, (37,)), (150, (12,))]
-FORMS = pytest.mark.parametrize("form", [tiles, one_barrier_tiles])
-SPLITS = [(tiles, shape) for shape in SHAPES] + [(one_barrier_tiles, shape) for shape in GRAM_SHAPES]
+# Each form on a small net, of 70 inputs.
+FORMS_AND_WIDTHS = [
+    pytest.param(tiles, (20, 3), id="tiles"),
+    pytest.param(one_barrier_tiles, (20, 3), id="one_barrier"),
+    pytest.param(tiles, (20, 18, 3), id="deep"),
+]
+FORMS = pytest.mark.parametrize(("form", "widths"), FORMS_AND_WIDTHS)
+SPLITS = [(tiles, shape) for shape in SHAPES + DEEP] + [(one_barrier_tiles, shape) for shape in GRAM_SHAPES]
 
 
 @pytest.mark.parametrize(("form", "shape"), SPLITS, ids=lambda value: getattr(value, "__name__", str(value)))
@@ -39,10 +46,11 @@ def test_a_pass_is_right_for_every_split_and_loss(form, shape, loss):
     assert_pass_is_right(p, 20, how)
 
 
-@FORMS
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("widths", [(37, 10), (12,)])
-def test_a_pass_is_right_for_every_activation(form, activation, widths):
+@pytest.mark.parametrize(
+    ("form", "widths"), [*itertools.product((tiles, one_barrier_tiles), [(37, 10), (12,)]), (tiles, (37, 70, 10))]
+)
+def test_a_pass_is_right_for_every_activation(form, widths, activation):
     p = make_problem(seed=4, rows=33, n_in=70, widths=widths, activation=activation)
     assert_pass_is_right(p, 16, form(p, 16))
 
@@ -51,13 +59,13 @@ def test_a_pass_is_right_for_every_activation(form, activation, widths):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 32, 61])
-def test_momentum_bias_and_tails(form, nesterov, bias, rows):
-    p = make_problem(seed=5, rows=rows, n_in=70, widths=(20, 3), bias=bias)
+def test_momentum_bias_and_tails(form, widths, nesterov, bias, rows):
+    p = make_problem(seed=9, rows=rows, n_in=70, widths=widths, bias=bias)  # where a single row's residual does not cancel
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
     assert_pass_is_right(p, 32, form(p, 32), momentum=0.9, nesterov=nesterov, order=order)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + DEEP, ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_mini_batch_of_several_tiles(shape, loss):
     n_in, widths = shape
@@ -71,14 +79,14 @@ def test_a_mini_batch_of_several_tiles(shape, loss):
 
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
-def test_strides_and_narrow_data(form, dtype):
-    p = make_problem(seed=6, rows=40, n_in=70, widths=(20, 3), class_indices=False, uint8=dtype == torch.uint8)
+def test_strides_and_narrow_data(form, widths, dtype):
+    p = make_problem(seed=6, rows=40, n_in=70, widths=widths, class_indices=False, uint8=dtype == torch.uint8)
     p.x = p.x.to(dtype)
     straight = as_float32(p)
     expected = truth(straight, 20, torch.float32)
     run(straight, 20, form(p, 20))
     p.weight, p.x, p.target = p.weight.t().contiguous().t(), p.x.t().contiguous().t(), p.target[:, [0, 1, 2]]
-    p.suffix = [p.suffix[0]._replace(weight=p.suffix[0].weight.t().contiguous().t())]
+    p.suffix = [layer._replace(weight=layer.weight.t().contiguous().t()) for layer in p.suffix]
     run(p, 20, form(p, 20))
     assert torch.equal(p.weight, straight.weight)
     torch.testing.assert_close(p.weight, expected[0], rtol=1e-5, atol=1e-6)
@@ -87,7 +95,7 @@ def test_strides_and_narrow_data(form, dtype):
 REAL = [(98, (100, 10), 20), (98, (100,), 20), (784, (10,), 20)]
 
 
-TILED = [(*SHAPES[2], 40), (*SHAPES[3], 70)]
+TILED = [(*SHAPES[2], 40), (*SHAPES[3], 70), (*DEEP[1], 20), (*DEEP[2], 20), (*DEEP[3], 40)]
 
 
 @pytest.mark.parametrize("case", [*[(n_in, widths, 20) for n_in, widths in SHAPES[1:5]], *TILED, *REAL], ids=str)
@@ -106,7 +114,7 @@ def test_the_paper_s_net_with_its_28_programs():
 
 
 @pytest.mark.parametrize(
-    ("form", "shape"), [*SPLITS[1:5], *SPLITS[7:9]], ids=lambda value: getattr(value, "__name__", str(value))
+    ("form", "shape"), [*SPLITS[1:5], *SPLITS[7:13]], ids=lambda value: getattr(value, "__name__", str(value))
 )
 def test_a_pass_gives_the_bits_of_its_steps(form, shape):
     n_in, widths = shape
@@ -121,8 +129,8 @@ def test_a_pass_gives_the_bits_of_its_steps(form, shape):
 
 
 @FORMS
-def test_a_bad_row_or_a_zero_gradient_changes_nothing(form):
-    p = make_problem(seed=10, rows=40, n_in=70, widths=(20, 3), class_indices=True)
+def test_a_bad_row_or_a_zero_gradient_changes_nothing(form, widths):
+    p = make_problem(seed=10, rows=40, n_in=70, widths=widths, class_indices=True)
     p.target[25] = 3  # no such class
     first, order = p.clone(), torch.arange(40)
     losses_, norms = run(p, 20, form(p, 20))
@@ -135,7 +143,8 @@ def test_a_bad_row_or_a_zero_gradient_changes_nothing(form):
     _, norms = run(p, 20, form(p, 20), order=order[20:])
     assert norms.isnan().all()
     assert torch.equal(p.weight, second.weight)
-    p.target, p.suffix = torch.zeros(40, 3), [p.suffix[0]._replace(weight=torch.zeros(3, 20), bias=torch.zeros(3))]
+    last = p.suffix[-1]._replace(weight=torch.zeros(3, widths[-2]), bias=torch.zeros(3))
+    p.target, p.suffix = torch.zeros(40, 3), [*p.suffix[:-1], last]
     _, norms = run(p, 20, form(p, 20), rule=(torch.ones(20, 70), torch.ones(20), 0.9, True))
     assert (norms == 0).all()
     assert torch.equal(p.weight, second.weight)
@@ -151,6 +160,10 @@ MUTANTS = {
     "no barrier for the tiles of Z": (MEET, 3, "pass\n", SHAPES[2], 40),
     "no wait for the sums of Z": (MEET, 4, ONLY_ARRIVE, SHAPES[3], 40),
     "no barrier for the sums of Z": (MEET, 4, "pass\n", SHAPES[3], 40),
+    "no wait for the next layer's sums": (MEET, 5, ONLY_ARRIVE, DEEP[1], 20),
+    "no barrier for the next layer's sums": (MEET, 5, "pass\n", DEEP[1], 20),
+    "no wait for D": (MEET, 6, ONLY_ARRIVE, DEEP[2], 20),
+    "no barrier for D": (MEET, 6, "pass\n", DEEP[2], 20),
     "no wait for the norm": (WAIT, 1, "sense = ~sense\n", SHAPES[3], 10),
     "no wait where it is the only one": (WAIT, 1, "sense = ~sense\n", SHAPES[6], 10),
     "one half of the exchange buffer": ("(step % 2)", 1, "0", SHAPES[6], 10),
@@ -254,11 +267,11 @@ def test_the_barrier_is_right_in_every_interleaving(programs, start):
 
 def test_the_model_chooses_only_what_fits():
     everything = itertools.product(
-        (10, 64, 784, 3072), (1, 10, 100, 400, 1024), (0, 10, 100), (1, 20, 33, 500), LOSSES, (1, 132)
+        (10, 64, 784, 3072), (1, 10, 100, 400, 1024), ((), (10,), (100,), (200, 10)), (1, 20, 33, 500), LOSSES, (1, 132)
     )
     served = 0
-    for n_in, n_out, n_next, batch, loss, most in everything:
-        widths = (n_in, n_out, n_next) if n_next else (n_in, n_out)
+    for n_in, n_out, suffix, batch, loss, most in everything:
+        widths = (n_in, n_out, *suffix)
         how = plan.persistent(plan.Shape(widths, batch, losses.code(loss)), most)
         if how is None:
             continue
@@ -266,11 +279,12 @@ def test_the_model_chooses_only_what_fits():
         assert how.programs <= most
         assert how.split_out * how.units >= n_out
         assert how.split_in * how.num_warps * how.inputs >= n_in
-        assert not n_next or how.next_units >= n_next
-        assert n_next or loss != "cross_entropy" or how.split_out == 1
+        assert not suffix or how.next_units * (how.slices if suffix[1:] else 1) >= suffix[0]
+        assert not suffix[1:] or how.last_units >= suffix[1]
+        assert suffix or loss != "cross_entropy" or how.split_out == 1
         assert how.microseconds >= 0
     assert served > 50
-    for widths in ((784, 100, 10, 10), (12288, 3072, 10)):
+    for widths in ((784, 100, 10, 10, 10), (784, 100, 257, 10), (784, 100, 10, 17), (12288, 3072, 10)):
         assert plan.persistent(plan.Shape(widths, 20), 132) is None
 
 

@@ -147,7 +147,8 @@ def test_the_model_s_norm_is_the_one_that_the_rule_takes(batch, serves, monkeypa
 def test_small_layers_stay_on_chip_and_large_ones_do_not():
     assert choose((784, 100, 10), 20).plan == "persistent"
     assert choose((784, 100, 10), 20).limit == "barriers"
-    assert choose((784, 400, 200, 10), 20).plan == "fused"
+    assert choose((784, 400, 200, 10), 20).plan == "persistent"
+    assert choose((784, 400, 200, 100, 10), 20).plan == "fused"
     assert choose((12288, 3072, 1536, 768, 384, 200), 20).plan == "streamed"
     assert choose((12288, 3072, 1536, 768, 384, 200), 500).plan == "fused"
     assert choose((12288, 3072, 1536, 768, 384, 200), 100, precision="high").limit in ("L2", "memory")
@@ -182,7 +183,9 @@ def test_every_choice_serves_what_is_asked():
 
 
 REASONS = [
-    ((784, 400, 200, 10), 20, {}, "2 layers after it > 1"),
+    ((784, 400, 200, 100, 10), 20, {}, "3 layers after it > 2"),
+    ((784, 400, 300, 10), 20, {}, "next layer's width 300 > 256"),
+    ((784, 400, 200, 20), 20, {}, "last layer's width 20 > 16"),
     ((784, 100, 70), 20, {}, "next layer's width 70 > 64"),
     ((12288, 3072, 10), 20, {}, "W does not fit the registers of 132 programs"),
     ((784, 100, 10), 20, {"most_programs": 3}, "W does not fit the registers of 3 programs"),
@@ -249,3 +252,20 @@ def test_blocks_are_one_launch_while_that_is_faster_than_python_and_the_device_b
     for wanted in ("auto", "persistent"):
         assert plan.blocks(Shape((784, 100, 100, 10), 20), 20, 132, H200, wanted) is None
     assert plan.blocks(Shape((784, 100, 10), 20), 2000, 132, H200, "persistent") is not None
+
+
+def test_blocks_of_deeper_nets_take_what_the_docs_say():
+    def layers(*widths: int, precision: str = "highest") -> list[float]:
+        shapes = [Shape(widths[i:], 20, momentum=True, precision=precision) for i in range(len(widths) - 1)]
+        return [plan.choose(shape, H200, 132).microseconds for shape in shapes]
+
+    def block(times: list[float]) -> float:
+        return 20 * sum(times) / len(times) + H200.block
+
+    text = " ".join((ROOT / "docs" / "plans.md").read_text().split())
+    three, four = (784, 100, 100, 10), (784, 400, 200, 10)
+    assert f"take {block(layers(*three)) / 20:.1f} and {block(layers(*four)) / 20:.1f} us, with all that a block" in text
+    shortest, longest = block(layers(*three, precision="high")), block(layers(784, 400, 200, 100, 10))
+    small = [block(layers(784, 100, 10, precision=precision)) for precision in ("high", "highest")]
+    assert f"{shortest:.0f} to {longest:.0f} us a block of 20 for the deeper of these nets" in text
+    assert f"{small[0]:.0f} to {small[1]:.0f} us for 784-100-10" in text

@@ -45,14 +45,16 @@ def test_a_given_rate_goes_with_blocks_in_turn():
     assert [block.steps for block in history.blocks] == [block.steps for block in given.blocks]
 
 
-def test_values_to_be_met_go_with_blocks_in_turn():
+@pytest.mark.parametrize(("loss", "parallel"), [("mse", False), ("binary_cross_entropy", True)])
+def test_values_to_be_met_go_with_blocks_in_turn_and_probabilities_do_not(loss, parallel):
     split = load_digits()
     found = []
-    for schedule in (None, schedules.usual(100, parallel=False)):
+    for schedule in (None, schedules.usual(100, parallel=parallel), schedules.usual(100, parallel=not parallel)):
         model = net(64, 12, 64)
-        dk.fit(model, split.x_train[:300], schedule=schedule)
+        dk.fit(model, split.x_train[:300], split.x_train[:300], loss=loss, schedule=schedule)
         found.append(weights(model))
-    assert torch.equal(*found)
+    assert torch.equal(*found[:2])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_a_given_rate_is_a_length_without_momentum():

@@ -257,10 +257,10 @@ def test_models_must_be_a_list_of_models_that_share_nothing():
 def test_a_plan_that_one_model_cannot_have_is_that_model_s_error_alone(monkeypatch):
     monkeypatch.setenv("DANTE_GPU_PLAN", "persistent")
     for deep in (0, 1):
-        models = [net(6, 5, 4, 3) if i == deep else net(6, 3) for i in range(2)]
+        models = [net(6, 5, 4, 4, 3) if i == deep else net(6, 3) for i in range(2)]
         twin = copy.deepcopy(models[1 - deep])
         settings = {"batch_size": 10, "schedule": dk.RoundRobin(rounds=2), "backend": "triton"}
-        with pytest.raises(dk.FitManyError, match=rf"models\[{deep}\]: ValueError: .*2 layers after it > 1") as caught:
+        with pytest.raises(dk.FitManyError, match=rf"models\[{deep}\]: ValueError: .*3 layers after it > 2") as caught:
             dk.fit_many(models, X[:20], Y[:20], **settings)
         dk.fit(twin, X[:20], Y[:20], **settings)
         assert torch.equal(weights(models[1 - deep]), weights(twin))
