@@ -168,7 +168,12 @@ def calls_of(problems, batch, momentum):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [(150, (37, 10), 20), (150, (12,), 20), (150, (37, 10), 40), (40, (15, 10), 20)], ids=str)
+SIDE_BY_SIDE = [
+    (150, (37, 10), 20), (150, (12,), 20), (150, (37, 10), 40), (40, (15, 10), 20), (150, (37, 20, 10), 20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SIDE_BY_SIDE, ids=str)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_models_side_by_side_have_the_bits_of_each_alone(shape, momentum, monkeypatch):
     n_in, widths, batch = shape
@@ -192,12 +197,19 @@ def test_models_side_by_side_have_the_bits_of_each_alone(shape, momentum, monkey
         assert not momentum or torch.equal(call[11], other[11])
 
 
-@pytest.mark.parametrize("what", ["p_counter += model * SPACING", "p_sums += model", "p_next_z += model", "p_z += (model *"])
-def test_the_schedules_see_models_that_share_what_is_each_ones_own(what, schedules, tmp_path, monkeypatch):
+# What gives each model its own, what takes it away, and the widths of a net that needs it.
+OWN = [(own, own.replace("model", "0 * model"), (37, 10)) for own in (
+    "p_counter += model * SPACING", "p_sums += model", "p_next_z += model", "p_z += (model *",
+)]  # fmt: skip
+OWN.append(("(SPLIT_OUT + HAS_LAST) * next_size", "SPLIT_OUT * next_size", (37, 20, 10)))
+
+
+@pytest.mark.parametrize(("what", "taken", "widths"), OWN, ids=[own for own, *_ in OWN])
+def test_the_schedules_see_models_that_share_what_is_each_ones_own(what, taken, widths, schedules, tmp_path, monkeypatch):
     monkeypatch.setattr("interleave.TURNS", 5000)
     monkeypatch.setattr(kernels, "_most_programs", lambda tensor: 20)
-    changed = mutant(tmp_path, what, 0, what.replace("model", "0 * model"))
-    problems = [make_problem(seed=s, rows=50, n_in=150, widths=(37, 10), class_indices=False) for s in (25, 27)]
+    changed = mutant(tmp_path, what, 0, taken)
+    problems = [make_problem(seed=s, rows=50, n_in=150, widths=widths, class_indices=False) for s in (25, 27)]
     right = [p.clone() for p in problems]
     with interleaved(0) as grids:
         kernels.sngd_epochs_(list(calls_of(right, 40, 0.0)))
