@@ -255,7 +255,7 @@ def _persistent_cost(tiles: Persistent, shape: Shape, most_programs: int, device
 def _refusal(shape: Shape, most_programs: int, device: Device) -> str:
     """Why the persistent plan does not serve: each demand of the shape put to it alone, the others made as easy as can be."""
     n_in, n_out, *suffix = shape.widths
-    easy = shape._replace(widths=(1, 1, *[1] * min(len(suffix), 2)), batch=1, loss=losses.MSE, momentum=False)
+    easy = shape._replace(widths=(1, 1, *[1] * min(len(suffix), 2)), loss=losses.MSE, momentum=False)
 
     def serves(most_programs: int = _PLENTY, **demand: Any) -> bool:
         return persistent(easy._replace(**demand), most_programs, device) is not None
@@ -277,7 +277,10 @@ def _refusal(shape: Shape, most_programs: int, device: Device) -> str:
         kept = "W and its velocity do" if shape.momentum else "W does"
         reasons.append(f"{kept} not fit the registers of {most_programs} program{'s' * (most_programs != 1)}")
     elif not suffix and not serves(most_programs, widths=whole, momentum=shape.momentum, loss=shape.loss):
-        reasons.append(f"a softmax row of {n_out} must lie in one program")
+        most = bisect.bisect(
+            range(1, n_out), 0, key=lambda units: not serves(widths=(n_in, units), momentum=shape.momentum, loss=shape.loss)
+        )
+        reasons.append(f"a softmax row must lie in one program: {n_out} > {most}")
     return ", ".join(reasons)
 
 

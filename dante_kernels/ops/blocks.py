@@ -76,6 +76,23 @@ def block_launcher(
     return Launcher(serving, serving.blocks_tiles(widths, min(batch_size, x.shape[0]), losses.code(loss), momentum, steps, x))
 
 
+def check_plans(
+    layers: Sequence[Layer], trained: Sequence[int], x: Tensor, batch_size: int, loss: str, momentum: bool, backend: str
+) -> None:
+    """Raise a ValueError, naming the layer, where a plan that the environment names cannot serve one of the trained ones."""
+    weights = [layer.weight for layer in layers]
+    serving = backends.module(backends.serving(backend, weights[0].device, weights[0].dtype))
+    if not hasattr(serving, "waiting_programs"):
+        return
+    rows, code = min(batch_size, x.shape[0]), losses.code(loss)
+    for i in trained:
+        bias, dtype = layers[i].bias is not None, weights[i].dtype if i else x.dtype
+        try:
+            serving.waiting_programs(weights[i:], bias, rows, dtype, code, momentum)
+        except ValueError as error:
+            raise ValueError(f"layer {i} ({weights[i].shape[1]} x {weights[i].shape[0]}): {error}") from error
+
+
 def launches_of_step(layers: int) -> int:
     """How many launches a step takes at most, in a net of so many layers; a block has about a dozen beside its steps."""
     return 4 * layers + 3

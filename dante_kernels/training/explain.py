@@ -56,12 +56,16 @@ class Explanation:
             nothing is trained. Modelled, not measured.
         blocks: the tiles with which `fit` runs a round of blocks of 20 steps in turn in one launch; None where it does not.
         replayed: whether passes and short blocks that are not one launch are replayed as CUDA graphs.
+        block: microseconds that such a block takes beside its steps, by the model.
+
+    A plan's limit is what most of its step is spent on; the persistent plan's is what would save the most if it took no time.
     """
 
     layers: tuple[LayerPlan, ...]
     samples_per_second: float | None
     blocks: plan.Persistent | None
     replayed: bool
+    block: float
     heading: str
     served_by: str
 
@@ -85,7 +89,10 @@ class Explanation:
             groups = f"{self.blocks.split_out} x {self.blocks.split_in} programs, {self.blocks.microseconds:.1f} us a step"
             rate.append(f"a round of blocks of {STEPS_IN_TURN} steps in turn is one launch of {groups} of either layer")
         if rate and self.replayed:
-            rate.append(f"blocks of {INNER_STEPS} steps in parallel, fit's default for classes, are replayed from CUDA graphs")
+            rate.append(
+                f"blocks of {INNER_STEPS} steps in parallel, fit's default for classes, are replayed from CUDA graphs, "
+                f"each in {self.block:.0f} us beside its steps"
+            )
         return "\n".join([self.heading, "", *table, "", *reasons, *rate, self.served_by])
 
     __repr__ = __str__
@@ -153,7 +160,10 @@ def explain(
         bias = net.layers[i].bias is not None
         # A hidden layer's result, the next one's input, is float32 whatever x is.
         shape = plan.Shape(tuple(widths[i:]), batch, code, bias, velocity > 0, x_dtype if i == 0 else torch.float32, switch)
-        choice = plan.choose(shape, gpu, gpu.multiprocessors, wanted) if net.trainable[i] else None
+        try:
+            choice = plan.choose(shape, gpu, gpu.multiprocessors, wanted) if net.trainable[i] else None
+        except ValueError as error:
+            raise ValueError(f"layer {i} ({n_in} x {n_out}): {error}") from error
         launched = 0.0 if choice is None else max(choice.microseconds, choice.launches * gpu.host_launch)
         layers.append(LayerPlan(i, net.names[i], n_in, n_out, choice, launched))
     both = None
@@ -168,6 +178,7 @@ def explain(
         batch * 1e6 / sum(times) if times else None,
         both,
         graphs.switched_on(),
+        gpu.block,
         f"{chain}, {loss}, batch {batch}, precision {switch}: modelled for {name}, not measured",
         _served_by(where, net.layers[0].weight.dtype),
     )
@@ -178,4 +189,6 @@ def _served_by(device: torch.device, dtype: torch.dtype) -> str:
         return f"on {device} nothing is trained"
     name = backends.serving("auto", device, dtype)
     note = "" if device.type == "cuda" else ", interpreted, in one program"
-    return f"on {device} the backend {name} serves" + (note if name == "triton" else ", which has no such plans")
+    if name != "triton":
+        note = ", which has no such plans" + (f"; no GPU plan takes {dtype}" if dtype != torch.float32 else "")
+    return f"on {device} the backend {name} serves{note}"

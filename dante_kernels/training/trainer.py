@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..network import Network
 from ..ops import Layer
-from ..ops.blocks import Block, Launcher, Round, Velocity, block_launcher, launches_of_step, step_length
+from ..ops.blocks import Block, Launcher, Round, Velocity, block_launcher, check_plans, launches_of_step, step_length
 from . import bounds, checkpoint, directions, finetune
 from .history import BlockRecord, History, RoundRecord
 from .problem import Problem, RowStream, evaluate, scale_of
@@ -163,6 +163,7 @@ class Trainer:
         """Train until the rounds are done, the objective stands still, or a callback returns True."""
         schedule = self.settings.schedule
         phases = schedule.phases(self.network.widths)
+        self._check_plans(phases)
         at = checkpoint.Position()
         if checkpoint_file is not None:
             at = checkpoint_file.load(self) or at
@@ -186,6 +187,16 @@ class Trainer:
                 self.history.stopped_by = "callback"
                 break
         return self.history
+
+    def _check_plans(self, phases: list[Phase]) -> None:
+        """No layer is trained where a later one could not be."""
+        settings = self.settings
+        if settings.direction not in directions.BY_KERNELS:
+            return
+        for phase in phases:
+            chain = [self.network.layers[i] for i in phase.chain]
+            trained = [phase.chain.index(i) for i in phase.order if self.network.trainable[i]]
+            check_plans(chain, trained, self.x, settings.batch_size, settings.loss, settings.momentum > 0, settings.backend)
 
     def _next_round(self, phases: list[Phase], at: checkpoint.Position) -> Passes[checkpoint.Position]:
         """Train one round, record it, and say where training goes on."""

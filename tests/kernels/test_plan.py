@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import random
+import re
 from pathlib import Path
 
 import pytest
@@ -190,7 +192,9 @@ REASONS = [
     ((12288, 3072, 10), 20, {}, "W does not fit the registers of 132 programs"),
     ((784, 100, 10), 20, {"most_programs": 3}, "W does not fit the registers of 3 programs"),
     ((784, 640, 10), 20, {"momentum": True, "most_programs": 60}, "W and its velocity do not fit the registers of 60 programs"),
-    ((20, 100), 20, {"loss": losses.CROSS_ENTROPY}, "a softmax row of 100 must lie in one program"),
+    ((20, 100), 20, {"loss": losses.CROSS_ENTROPY}, "a softmax row must lie in one program: 100 > 32"),
+    ((20, 100), 100, {"loss": losses.CROSS_ENTROPY, "precision": "high"}, "a softmax row must lie in one program: 100 > 32"),
+    ((8000, 100), 33, {"precision": "high"}, "W does not fit the registers of 132 programs"),
 ]
 
 
@@ -201,6 +205,24 @@ def test_the_reason_names_what_stands_against_the_persistent_plan(widths, batch,
     assert f"persistent does not serve: {reason}" in found.why
     with pytest.raises(ValueError, match="the persistent plan cannot serve this pass: .*" + reason.split(" >")[0]):
         choose(widths, batch, wanted="persistent", **rest)
+
+
+def test_whatever_is_not_served_has_a_reason():
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(1500):
+        widths = tuple(generator.choice((1, 10, 17, 33, 65, 130, 260, 800, 8000)) for _ in range(generator.randint(2, 5)))
+        rest = {
+            "batch": generator.choice((1, 20, 32, 33, 100, 500)), "momentum": generator.random() < 0.5,
+            "loss": generator.choice(list(losses.CODES.values())), "precision": generator.choice(("highest", "high", "medium")),
+            "x_dtype": generator.choice((torch.float32, torch.bfloat16)),
+        }  # fmt: skip
+        found = choose(widths, **rest)
+        if plan.persistent(Shape(widths, **rest), 132) is None:
+            refused += 1
+            assert "persistent does not serve: " in found.why
+            assert re.search("persistent does not serve: [a-zW0-9]", found.why), (widths, rest)
+    assert 100 < refused < 1400
 
 
 def test_models_side_by_side_share_l2_and_what_has_no_room_waits():
@@ -239,13 +261,15 @@ def test_the_tables_in_the_docs_are_what_the_model_says():
 
 
 def test_blocks_are_one_launch_while_that_is_faster_than_python_and_the_device_block_by_block():
-    def longest(batch: int, device: plan.Device = H200) -> int:
-        chosen = [plan.blocks(Shape((784, 100, 10), batch), steps, 132, device) is not None for steps in range(1, 2000)]
+    def longest(batch: int, device: plan.Device = H200, precision: str = "highest") -> int:
+        shape = Shape((784, 100, 10), batch, precision=precision)
+        chosen = [plan.blocks(shape, steps, 132, device) is not None for steps in range(1, 2000)]
         assert chosen == sorted(chosen, reverse=True)  # short blocks, and no long ones
         return sum(chosen)
 
     text = " ".join((ROOT / "docs" / "plans.md").read_text().split())
     assert f"up to {longest(20)} steps a block at batch 20, and {longest(100)} at batch 100" in text
+    assert f"(`highest`; under `high` {longest(20, precision='high')} at batch 20)" in text
     assert f"less than {plan.SHARED} times as long" in text
     assert 0 < longest(20) < longest(20, H200._replace(block=440.0))
     assert longest(20, H200._replace(block=0.0)) == 0

@@ -192,3 +192,12 @@ def test_labels_may_be_of_any_integer_type(dtype):
     dk.fit(model, X, Y.numpy().astype(dtype), schedule=dk.RoundRobin(rounds=1))
     dk.fit(twin, X, Y, schedule=dk.RoundRobin(rounds=1))
     assert torch.equal(weights(model), weights(twin))
+
+
+def test_a_named_plan_that_a_later_layer_cannot_have_is_said_before_an_earlier_one_is_trained(monkeypatch):
+    monkeypatch.setenv("DANTE_GPU_PLAN", "persistent")
+    model = net(6, 8, 256, 4)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"layer 1 \(8 x 256\): DANTE_GPU_PLAN: .*W does not fit the registers of 1 program"):
+        dk.fit(model, X, torch.arange(90) % 4, schedule=dk.RoundRobin(1), lr=0.1, backend="triton")
+    assert torch.equal(weights(model), before)

@@ -22,13 +22,13 @@ def _no_switches(monkeypatch):
 def test_the_table_has_each_layer_s_plan_why_time_and_limit():
     from dante_kernels.kernels import plan
 
-    found = dk.explain(net(784, 400, 200, 10), 20, momentum=0)
+    found = dk.explain(net(784, 400, 200, 100, 10), 20, momentum=0)
     text = str(found)
     assert repr(found) == text
-    assert "784-400-200-10, mse, batch 20, precision highest: modelled for an H200, not measured" in text
-    assert [(layer.n_in, layer.n_out) for layer in found.layers] == [(784, 400), (400, 200), (200, 10)]
+    assert "784-400-200-100-10, mse, batch 20, precision highest: modelled for an H200, not measured" in text
+    assert [(layer.n_in, layer.n_out) for layer in found.layers] == [(784, 400), (400, 200), (200, 100), (100, 10)]
     for i, layer in enumerate(found.layers):
-        shape = plan.Shape((784, 400, 200, 10)[i:], 20)
+        shape = plan.Shape((784, 400, 200, 100, 10)[i:], 20)
         assert layer.choice == plan.choose(shape, plan.H200, 132)
         (line,) = [line for line in text.splitlines() if line.startswith(f"{i} ")]
         assert line.split()[:5] == [str(i), f"({2 * i})", str(layer.n_in), "x", str(layer.n_out)]
@@ -41,8 +41,8 @@ def test_the_table_has_each_layer_s_plan_why_time_and_limit():
         ):
             assert part in line
         assert f"layer {i}: {layer.choice.plan}, since {layer.choice.why}" in text
-    assert found.layers[0].how == "7 launches a step"
-    assert found.layers[0].launched == 7 * plan.H200.host_launch
+    assert found.layers[0].how == "9 launches a step"
+    assert found.layers[0].launched == 9 * plan.H200.host_launch
     assert found.layers[1].how == "13 x 2 programs of 16 x 256 weights"
     seconds = sum(layer.choice.microseconds for layer in found.layers) / 1e6
     assert found.samples_per_second == pytest.approx(20 / seconds)
@@ -67,7 +67,7 @@ def test_how_short_blocks_run_is_explained(monkeypatch):
     found = dk.explain(net(784, 100, 10), 20)
     groups = f"{found.blocks.split_out} x {found.blocks.split_in} programs, {found.blocks.microseconds:.1f} us a step"
     assert f"a round of blocks of 20 steps in turn is one launch of {groups} of either layer" in str(found)
-    replayed = "blocks of 3 steps in parallel, fit's default for classes, are replayed from CUDA graphs"
+    replayed = "blocks of 3 steps in parallel, fit's default for classes, are replayed from CUDA graphs, each in 25 us beside"
     assert replayed in str(found)
     for other in (net(784, 400, 10), net(784, 100, 100, 10)):
         assert "one launch of" not in str(dk.explain(other, 20))
@@ -87,6 +87,12 @@ def test_how_short_blocks_run_is_explained(monkeypatch):
 def test_the_wanted_plan_is_explained(monkeypatch):
     monkeypatch.setenv("DANTE_GPU_PLAN", "fused")
     assert "fused, since DANTE_GPU_PLAN names it" in str(dk.explain(net(784, 100, 10), 20))
+
+
+def test_a_layer_that_cannot_have_the_wanted_plan_is_named(monkeypatch):
+    monkeypatch.setenv("DANTE_GPU_PLAN", "persistent")
+    with pytest.raises(ValueError, match=r"layer 0 \(7 x 6\): DANTE_GPU_PLAN: .*: 3 layers after it > 2$"):
+        dk.explain(net(7, 6, 5, 4, 3), 20)
 
 
 def test_the_switch_of_torch_is_taken_and_left_alone():
@@ -117,6 +123,7 @@ def test_it_says_which_backend_really_serves(monkeypatch):
     model = net(20, 10, 5)
     monkeypatch.setenv("DANTE_BACKEND", "reference")
     assert str(dk.explain(model, 5)).endswith("on cpu the backend reference serves, which has no such plans")
+    assert str(dk.explain(net(20, 10, 5).double(), 5)).endswith("no such plans; no GPU plan takes torch.float64")
     monkeypatch.setenv("DANTE_BACKEND", "triton")
     assert str(dk.explain(model, 5)).endswith("on cpu the backend triton serves, interpreted, in one program")
     with torch.device("meta"):
