@@ -4,9 +4,10 @@ import pytest
 from support_reproduce import write_ccpp
 
 import dante_kernels as dk
-from bench import defaults, defaults_changes, defaults_long, defaults_uci
+from bench import defaults, defaults_changes, defaults_long, defaults_uci, gpu_seconds
 from bench.defaults_rows import case, usual
 from dante_kernels import data
+from dante_kernels.kernels import plan
 from dante_kernels.reproduce import problems, runs
 from dante_kernels.training import schedules
 
@@ -77,3 +78,37 @@ def test_the_table_of_changes_has_ratios_of_means_over_the_seeds():
     assert found["blocks of 5"] == "0.75"
     assert {ratio for name, ratio in found.items() if name not in ("nothing", "blocks of 5")} == {"1.00"}
     assert len(first) - len(second) == 3  # the bounds
+
+
+def test_the_passes_to_an_accuracy_are_those_of_the_shortest_training_that_comes_to_it(monkeypatch):
+    monkeypatch.setattr(gpu_seconds, "TARGETS", {"64-12-10": 0.9})
+    ways, rows = (("dante", "mse", None), ("sgd", "mse", 1.0)), []
+    monkeypatch.setattr(gpu_seconds, "WAYS", {"64-12-10": ways})
+    comes = {"dante": {4: 0.8, 6: 0.91}, "sgd": dict.fromkeys(gpu_seconds.PASSES, 0.89)}
+    for net, way, passes, seed in gpu_seconds.missing(rows, ["64-12-10"]):
+        accuracy = comes[way[0]][passes] + 0.001 * seed
+        names = ("net", "method", "loss", "rate", "passes", "seed", "test_accuracy")
+        rows.append(dict(zip(names, (net, *way, passes, seed, accuracy), strict=True)))
+    assert [gpu_seconds.enough(rows, "64-12-10", way) for way in ways] == [6, None]
+    assert len(rows) == 3 * (2 + len(gpu_seconds.PASSES))
+    ours, theirs = gpu_seconds.table(rows).splitlines()[2:]
+    steps = 600 * gpu_seconds.microseconds("64-12-10", "dante", "highest") / 1000
+    assert ours.startswith(f"| 64-12-10, 90 % | DANTE, MSE | 6 | 91.10 ± 0.10 % | {6 * steps:.0f} |")
+    plain = 600 * gpu_seconds.microseconds("64-12-10", "sgd", "highest") / 1000
+    assert theirs.startswith(f"| 64-12-10, 90 % | SGD with momentum, MSE, 1 | > 16 | 89.10 ± 0.10 % | > {16 * plain:.0f} |")
+
+
+@pytest.mark.parametrize("way", gpu_seconds.WAYS["784-100-10"])
+def test_a_training_to_an_accuracy_learns(way):
+    row = gpu_seconds.train("64-30-10", way, 12, 1, data.load_digits())
+    assert row["test_accuracy"] > 0.7
+    assert (row["net"], row["method"], row["loss"], row["rate"], row["passes"], row["seed"]) == ("64-30-10", *way, 12, 1)
+
+
+def test_a_step_of_every_layer_has_its_part_of_a_block():
+    widths = (784, 400, 200, 100, 10)
+    shapes = [plan.Shape(widths[i:], 100, momentum=True) for i in range(4)]
+    steps = sum(plan.choose(shape, plan.H200, 132).microseconds for shape in shapes)
+    assert gpu_seconds.microseconds("784-400-200-100-10", "dante", "highest") == pytest.approx(steps + 4 * 25 / 20)
+    round_ = plan.blocks(plan.Shape((784, 100, 10), 100, momentum=True), 20, 132)
+    assert gpu_seconds.microseconds("784-100-10", "dante", "highest") == pytest.approx(2 * round_.microseconds)

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from bench import defaults, limits, quality, report, scaling, workloads
+from bench import defaults, gpu_seconds, limits, quality, report, scaling, workloads
 from bench.peers import torch_plain
 from bench.workloads import OURS, Workload
 
@@ -296,6 +296,10 @@ def test_the_documented_tables_are_the_measured_rows():
             <= set(measured)
             <= {f"{a} {v}" for a in scaling.AXES for v in scaling.AXES[a][0]}
         )
+
+
+def test_the_table_of_seconds_to_an_accuracy_is_that_of_its_rows():
+    assert gpu_seconds.table(gpu_seconds.read()) in (ROOT / "docs" / "plans.md").read_text()
 
 
 def test_the_tables_of_the_default_settings_are_those_of_their_rows():

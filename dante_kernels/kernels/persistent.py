@@ -312,7 +312,7 @@ def persistent(
                 for tile in range(input_group, tiles, SPLIT_IN):
                     row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
                     p_next_tile = p_next_z + SPLIT_OUT * next_size + tile * (BLOCK_B * WIDE) + next_tile
-                    next_z = tl.where(exists[:, None], exchanged(p_next_tile, None), float("nan"))
+                    next_z = exchanged(p_next_tile, None)
                     last_z = product(phi(next_z, next_low, next_high, NEXT_KIND), last_w, PRECISION)
                     d, value = last_layer(
                         with_bias(last_z, last_bias, exists), p_target, row, exists, m_row, last_unit, m_last,
@@ -323,8 +323,8 @@ def persistent(
                     back = product(next_d, tl.permute(next_w, (0, 2, 1)), PRECISION)
                     p_tile = p_z + SPLIT_IN * z_size + tile * (BLOCK_B * BLOCK_OUT) + z_tile
                     z = exchanged(p_tile, None)
-                    d = tl.where(m_row[:, None] & m_unit[None, :], back * slope(z, low, high, KIND), 0.0)
-                    tl.store(p_tile, d)
+                    # Units that are not there have a `back` of 0.
+                    tl.store(p_tile, tl.where(m_row[:, None], back * slope(z, low, high, KIND), 0.0))
                 if SPLIT_IN > 1:
                     sense = meet(p_counter, program, sense, PROGRAMS)
                 else:

@@ -58,6 +58,11 @@ class Persistent(NamedTuple):
         """How many programs a model has."""
         return self.split_out * self.split_in
 
+    def scratch(self, batch: int) -> int:
+        """Numbers in the larger of a model's exchange buffers, at most."""
+        padded = -(-batch // self.rows) * self.rows
+        return padded * max((self.split_in + 1) * self.units, (self.split_out + 1) * self.slices * self.next_units)
+
 
 # Registers of a thread that the tiles of one program may take, by the estimate in `persistent`. Found by compiling: with more
 # some specialization spills.
@@ -68,9 +73,12 @@ PERSISTENT_REGISTERS = 160
 # layer some specialization spills.
 ONE_BARRIER_ROWS, ONE_BARRIER_UNITS, ONE_BARRIER_INPUTS = 32, 128, (64, 32)
 
-# With two layers after the active one: the most units of both, (units, inputs of a warp), and rows. Found by compiling: with
-# more some specialization spills.
-DEEP_WIDTHS, DEEP_TILES, DEEP_ROWS, DEEP_WARPS = (256, 16), ((16, 16), (16, 32), (32, 16)), 16, 8
+# With two layers after the active one: the most units of both, (units, inputs of a warp), rows and warps. Found by compiling:
+# with more some specialization spills, and so it does with the last of these tiles before more than 128 units.
+DEEP_WIDTHS, DEEP_TILES, DEEP_ROWS, DEEP_WARPS = (256, 16), ((16, 16), (32, 16), (16, 32)), 16, 8
+
+# Places in a launch's scratch are int32.
+MOST_SCRATCH = 2**31
 
 # A modelled time within this factor of the best is as good: the model is no better than that.
 NEAR = 1.15
@@ -110,7 +118,7 @@ def _persistent(
         products += 2 * own * wide * (units + last_units)
         barriers = 2 * (split_in > 1) + 3 * (programs > 1)
         pieces = -(-padded * wide // (tiling.PIECE * programs)) * tiling.PIECE
-        exchanged = (2 * warps * inputs + 2 * units) * padded + own * ((split_in + 2) * units + 2 * wide)
+        exchanged = (2 * warps * inputs + 2 * units) * padded + own * ((split_in + 3) * units + 2 * wide)
         exchanged += (split_out + 1) * pieces
     elif tiles == 1:
         products += 2 * padded * units * next_units if suffix else 0
@@ -163,12 +171,12 @@ def persistent(
     if len(suffix) == 2:
         if n_next > DEEP_WIDTHS[0] or suffix[1] > DEEP_WIDTHS[1]:
             return None
-        rows, sizes = DEEP_ROWS, [(DEEP_WARPS, *tile) for tile in DEEP_TILES]
+        rows, sizes = DEEP_ROWS, [(DEEP_WARPS, *tile) for tile in DEEP_TILES[: None if n_next <= 128 else -1]]
     fitting = []
     for warps, units, inputs in sizes:
         tiles = _persistent(shape.widths, batch, units, inputs, warps, device, rows)
         registers = ((3 + shape.momentum) * units * inputs + 2 * tiles.rows * (inputs + units)) // 32
-        if registers > PERSISTENT_REGISTERS or tiles.programs > most_programs:
+        if registers > PERSISTENT_REGISTERS or tiles.programs > most_programs or tiles.scratch(batch) >= MOST_SCRATCH:
             continue
         if shape.loss == losses.CROSS_ENTROPY and not suffix and tiles.split_out > 1:
             continue
@@ -255,7 +263,10 @@ def _persistent_cost(tiles: Persistent, shape: Shape, most_programs: int, device
 def _refusal(shape: Shape, most_programs: int, device: Device) -> str:
     """Why the persistent plan does not serve: each demand of the shape put to it alone, the others made as easy as can be."""
     n_in, n_out, *suffix = shape.widths
-    easy = shape._replace(widths=(1, 1, *[1] * min(len(suffix), 2)), loss=losses.MSE, momentum=False)
+    few = shape._replace(batch=min(shape.batch, ONE_BARRIER_ROWS + 1))  # more rows only take more scratch
+    if persistent(few, most_programs, device) is not None:
+        return f"what its programs exchange of {shape.batch} rows is more than {MOST_SCRATCH} numbers"
+    easy = few._replace(widths=(1, 1, *[1] * min(len(suffix), 2)), loss=losses.MSE, momentum=False)
 
     def serves(most_programs: int = _PLENTY, **demand: Any) -> bool:
         return persistent(easy._replace(**demand), most_programs, device) is not None

@@ -98,6 +98,7 @@ PERSISTENT_CASES = [
     ((784, 400, 200, 10), 100, "mse", SIGMOID, "highest", "uint8 momentum"),
     ((784, 100, 100, 10), 20, "mse", LEAKY, "highest", "momentum"),
     ((784, 100, 100, 10), 20, "cross_entropy", LEAKY, "highest", "momentum, two models"),
+    ((784, 100, 200, 10), 20, "cross_entropy", TANH, "highest", "momentum, two models"),
     ((784, 100, 100, 16), 20, "binary_cross_entropy", SIGMOID, "highest", "bfloat16"),
     ((100, 40, 20, 10), 20, "mse", TANH, "highest", "transposed"),
 ]
@@ -274,6 +275,15 @@ def barriers(constexprs: dict) -> int:
     return inputs + (units and has_next) + (units or inputs) + (constexprs["RELATIVE"] and (units or inputs))
 
 
+def barriers_of_a_program(constexprs: dict) -> int:
+    """How many barriers of its own threads a program has: two at a grid barrier, one where no other program is waited for."""
+    if "SPLIT_OUT" not in constexprs:
+        return 0
+    single, alone = constexprs["SPLIT_IN"] == 1, constexprs["SPLIT_OUT"] * constexprs["SPLIT_IN"] == 1
+    deep = constexprs.get("p_last_weight", 0) is not None
+    return 2 * barriers(constexprs) + (0 if constexprs["ONE_TILE"] else (1 + deep) * (single + alone))
+
+
 def compile_one(capability, label, kernel, signature, constexprs, attributes, options, folder) -> dict:
     """One specialization compiled for one compute capability."""
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
@@ -294,6 +304,8 @@ def compile_one(capability, label, kernel, signature, constexprs, attributes, op
         "acquires": len(re.findall(r"\bld\.[\w.]*acquire|\batom\.[\w.]*acquire", ptx)),
         "releases": len(re.findall(r"\b(?:atom|red)\.[\w.]*release", ptx)),
         "barriers": barriers(constexprs),
+        "own_barriers": len(re.findall(r"\b(?:gpu|ttg)\.barrier\b", compiled.asm["ttir"])),
+        "own_barriers_claimed": barriers_of_a_program(constexprs),
         "specialization": repr((signature, {k: v for k, v in constexprs.items() if not k.isupper()}, options)),
     }
 

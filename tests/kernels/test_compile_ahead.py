@@ -98,6 +98,11 @@ def test_grid_barriers_are_as_many_as_claimed_and_have_acquire_and_release(compi
     assert not offenders(compiled, lambda e: not e["barriers"] == e["acquires"] == e["releases"])
 
 
+def test_a_programs_threads_wait_for_each_other_where_no_other_program_does(compiled: list[dict]) -> None:
+    assert {e["own_barriers"] for e in compiled} >= {0, 2, 4, 6, 10}
+    assert not offenders(compiled, lambda e: e["own_barriers"] != e["own_barriers_claimed"])
+
+
 def test_products_use_the_arithmetic_they_claim(compiled: list[dict]) -> None:
     def wrong(e: dict) -> bool:
         products = ("product", "gradient", "persistent", "squares", "advance")

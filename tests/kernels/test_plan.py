@@ -194,6 +194,7 @@ REASONS = [
     ((784, 640, 10), 20, {"momentum": True, "most_programs": 60}, "W and its velocity do not fit the registers of 60 programs"),
     ((20, 100), 20, {"loss": losses.CROSS_ENTROPY}, "a softmax row must lie in one program: 100 > 32"),
     ((20, 100), 100, {"loss": losses.CROSS_ENTROPY, "precision": "high"}, "a softmax row must lie in one program: 100 > 32"),
+    ((784, 400, 200, 10), 2**21, {}, "what its programs exchange of 2097152 rows is more than 2147483648 numbers"),
     ((8000, 100), 33, {"precision": "high"}, "W does not fit the registers of 132 programs"),
 ]
 
@@ -213,7 +214,7 @@ def test_whatever_is_not_served_has_a_reason():
     for _ in range(1500):
         widths = tuple(generator.choice((1, 10, 17, 33, 65, 130, 260, 800, 8000)) for _ in range(generator.randint(2, 5)))
         rest = {
-            "batch": generator.choice((1, 20, 32, 33, 100, 500)), "momentum": generator.random() < 0.5,
+            "batch": generator.choice((1, 20, 32, 33, 500, 10**6)), "momentum": generator.random() < 0.5,
             "loss": generator.choice(list(losses.CODES.values())), "precision": generator.choice(("highest", "high", "medium")),
             "x_dtype": generator.choice((torch.float32, torch.bfloat16)),
         }  # fmt: skip
