@@ -53,7 +53,7 @@ def test_a_pass_is_right_for_every_split_and_loss(form, shape, loss):
 def test_a_pass_is_right_for_every_activation(form, widths, activation):
     p = make_problem(seed=4, rows=33, n_in=70, widths=widths, activation=activation)
     if len(widths) > 2:  # each layer has one of its own
-        others = [a for a in ACTIVATIONS if a != activation]
+        others = [phi for name, phi in ACTIVATIONS.items() if name != activation]
         p.suffix = [layer._replace(activation=other) for layer, other in zip(p.suffix, others, strict=False)]
     assert_pass_is_right(p, 16, form(p, 16))
 
