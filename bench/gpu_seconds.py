@@ -28,6 +28,7 @@ TARGETS = {"784-100-10": 0.98, "784-400-200-100-10": 0.985}
 BATCH, BLOCK, SAMPLES = 100, 20, 60_000
 PASSES = (4, 6, 8, 10, 12, 16)
 SEEDS = range(3)
+NAMES = {"dante": "DANTE", "sgd": "SGD with momentum", "mse": "MSE", "cross_entropy": "cross-entropy"}
 # Methods, their loss and rate: DANTE with what `fit` takes for blocks of 20 in turn, SGD with momentum at its best rate of the
 # study of the defaults (docs/defaults.md).
 WAYS = {
@@ -106,10 +107,7 @@ def table(rows: list[Row]) -> str:
         for way in WAYS[net]:
             needed = enough(rows, net, way)
             hits = [100 * hit for hit in accuracies(rows, net, way, needed or PASSES[-1])]
-            name = {"dante": "DANTE", "sgd": "SGD with momentum"}[way[0]] + {
-                "mse": ", MSE",
-                "cross_entropy": ", cross-entropy",
-            }[way[1]]
+            name = f"{NAMES[way[0]]}, {NAMES[way[1]]}"
             name += f", {way[2]:g}" if way[2] else ""
             times = [
                 f"{'' if needed else '> '}{(needed or PASSES[-1]) * SAMPLES // BATCH * microseconds(net, way[0], p) / 1000:.0f}"

@@ -253,7 +253,7 @@ def test_streams_side_by_side_have_room_for_the_launches_that_wait_the_longest(r
 
 def test_a_model_that_no_plan_serves_does_not_end_the_others(recorder, monkeypatch):
     monkeypatch.setenv("DANTE_GPU_PLAN", "persistent")
-    models = [net(6, 5, 3), net(6, 5, 4, 3), net(6, 5, 3)]
+    models = [net(6, 5, 3), net(6, 5, 4, 4, 3), net(6, 5, 3)]
     alone = copy.deepcopy(models[2])
     blocks = dk.RoundRobin(rounds=1, inner_epochs=1, inner_steps=2, parallel=True)
     settings = {"lr": 0.05, "batch_size": 5, "backend": "triton", "schedule": blocks}
