@@ -111,7 +111,7 @@ def _persistent(
     last_units = power_of_two(suffix[-1], 16, 64) if deep else 16
     tiles = -(-batch // rows)
     padded, programs = tiles * rows, split_out * split_in
-    products = 2 * padded * warps * inputs * units
+    products = 2 * padded * warps * inputs * units + (2 * padded * units * next_units if n_next and not deep else 0)
     if deep:
         # Of so many rows a program adds up Z, and goes to the next layer, through the last one and back.
         own, wide = -(-tiles // split_in) * rows, warps * next_units
@@ -121,11 +121,9 @@ def _persistent(
         exchanged = (2 * warps * inputs + 2 * units) * padded + own * ((split_in + 3) * units + 2 * wide)
         exchanged += (split_out + 1) * pieces
     elif tiles == 1:
-        products += 2 * padded * units * next_units if suffix else 0
         barriers = (split_in > 1) + (n_next > 0 and split_out > 1) + (programs > 1)
         exchanged = (warps * inputs + (split_in > 1) * split_in * units + (split_out > 1) * split_out * n_next) * padded
     else:
-        products += 2 * padded * units * next_units if suffix else 0
         barriers = (split_in > 1) + 2 * (programs > 1)
         exchanged = (2 * warps * inputs + 2 * units + split_out * n_next) * padded
     time = barriers * (device.barrier + device.barrier_program * programs) + (tiles - 1) * device.tile
@@ -275,7 +273,7 @@ def _refusal(shape: Shape, most_programs: int, device: Device) -> str:
     if not serves(widths=(1, 1, *[1] * len(suffix))):
         most = bisect.bisect(range(len(suffix)), 0, key=lambda depth: not serves(widths=(1, 1, *[1] * depth))) - 1
         reasons.append(f"{len(suffix)} layers after it > {most}")
-    for place, which in ((0, "next"), (1, "last"))[: len(suffix) if len(suffix) < 3 else 0]:
+    for place, which in enumerate({1: ("next",), 2: ("next", "last")}.get(len(suffix), ())):
 
         def alone(width: int, place: int = place) -> bool:
             return serves(widths=(1, 1, *[width if i == place else 1 for i in range(len(suffix))]))
