@@ -28,6 +28,19 @@ def divide(x, y):
 
 
 @triton.jit
+def quotients(x, y):
+    """x / y, rounded as `divide` does it, of a tensor by a number y whose square is neither 0 nor infinite.
+
+    A product with 1 / y and its remainder: four operations that the compiler can mix with others. A compiled division has
+    as many, but also a test and a branch for the ends of float32's range, and so each element waits for the one before it.
+    Where |x| is below 2^-100 the remainder underflows, and the last place may be another.
+    """
+    reciprocal = divide(tl.full([], 1.0, tl.float32), y)
+    q = x * reciprocal
+    return tl.fma(tl.fma(q, -y, x), reciprocal, q)
+
+
+@triton.jit
 def log1p(e):
     """log(1 + e) for e in [0, 1], to about an ulp: 2 atanh(u) with u = e / (2 + e) <= 1/3, as a series."""
     u = divide(e, 2.0 + e)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import divide, load_x, multiply_add, source_rows, sum_of, tile_sum
+from .device import divide, load_x, multiply_add, quotients, source_rows, sum_of, tile_sum
 
 BIAS_ROWS = tl.constexpr(64)
 PARTIALS = tl.constexpr(1024)
@@ -96,7 +96,7 @@ def descend(
 
     `at` and `velocity_at` are the tile's offsets; without a velocity (None) there is no momentum. Returns the new values.
     """
-    direction = divide(grad, norm)
+    direction = quotients(grad, norm)
     if p_velocity is not None:
         velocity = momentum * tl.load(p_velocity + velocity_at, mask=mask, other=0.0) + direction
         tl.store(p_velocity + velocity_at, velocity, mask=mask)

@@ -1,15 +1,42 @@
-"""Why full float32 on the matrix units is three tf32 products whose blocks are added by ordinary, rounded additions."""
+"""What rounding rests on: three tf32 products added by ordinary, rounded additions, and quotients without a division."""
 
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from numpy.typing import NDArray
 from support import assert_error_rule
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from dante_kernels.kernels import tiling
+from dante_kernels.kernels import device, tiling
 
 BLOCK = 32
 Array = NDArray[np.float32]
+
+
+@triton.jit
+def quotients(p_x, p_y, p_q, BLOCK: tl.constexpr) -> None:
+    at = tl.arange(0, BLOCK)
+    tl.store(p_q + at, device.quotients(tl.load(p_x + at), tl.load(p_y)))
+
+
+def fused(self: object, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """A fused multiply-add as a GPU rounds it, once; the interpreter's rounds the product too."""
+    x_data, y_data, z_data = (a.data.astype(np.longdouble) for a in (x, y, z))
+    return TensorHandle((x_data * y_data + z_data).astype(np.float32), z.dtype.scalar)
+
+
+@pytest.mark.parametrize("norm", [1e-22, 0.3, 1.0, 1.9999999, 3.0, 1e19])
+def test_quotients_are_rounded_as_a_division_rounds_them(norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", fused)
+    rng = np.random.default_rng(7)
+    y = np.float32(norm)
+    x = (rng.uniform(-1, 1, 2**16) * 2.0 ** rng.integers(-20, 1, 2**16)).astype(np.float32) * y
+    x[:3] = 0.0, y, -y
+    got = torch.empty(len(x))
+    quotients[(1,)](torch.from_numpy(x), torch.tensor([y]), got, BLOCK=len(x))
+    np.testing.assert_array_equal(got.numpy(), x / y)
 
 
 def to_tf32(a: Array) -> Array:
