@@ -133,7 +133,7 @@ def check_repeats(device: torch.device, few: bool) -> str:
     repeats = 3 if few else 200
     load = torch.randn(2048, 2048, device=device) if device.type == "cuda" else None
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    shapes = [SHAPES[0]] if few else [SHAPES[2], SHAPES[3], SHAPES[5]]
+    shapes = [SHAPES[0]] if few else [SHAPES[2], SHAPES[3], SHAPES[5], SHAPES[7]]
     for precision, plan, (rows, n_in, widths) in itertools.product(SWITCHES[: 1 if few else None], PLANS, shapes):
         first = None
         for _ in range(repeats):

@@ -23,7 +23,7 @@ class Device(NamedTuple):
     """What the model knows of a GPU: an H200's numbers, from public figures and latencies, none of them measured here."""
 
     multiprocessors: int = 132
-    one_barrier: bool = True  # whether the persistent plan's form with one barrier compiles without spills
+    hopper: bool = True  # of capability 9.0, for which some tiles of the persistent plan were found to compile without spills
     barrier: float = 0.7  # microseconds of a grid barrier of few programs
     barrier_program: float = 0.0035  # and of each program more
     tile: float = 0.5  # microseconds of latency that each further tile of rows adds to a step of the persistent plan

@@ -79,14 +79,16 @@ def run(
     steps = -(-rows // batch) if blocks is None else blocks.schedule.shape[0]
     programs = tiles.programs
     padded = -(-batch // tiles.rows) * tiles.rows
-    one_tile = batch <= tiles.rows and last is None
+    one_tile = batch <= tiles.rows and last is None and tiles.parts == 1
 
     def scratch(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=one.x.device)
 
     results = [(scratch(steps), scratch(steps)) for _ in models]
     exchanges_next = following is not None and not (one_tile and tiles.split_out == 1)
-    z = next_z = sums = counter = offsets = None
+    kept = z = next_z = sums = counter = offsets = None
+    if tiles.parts > 1 and one.velocity_weight is not None:
+        kept = scratch(len(models), programs, tiles.slices * tiles.units * tiles.inputs)
     if tiles.one_barrier:
         z = scratch(len(models), 2, programs, padded, tiles.units + padded)
     elif tiles.split_in > 1 or not one_tile:
@@ -106,7 +108,7 @@ def run(
         ).to(one.x.device, non_blocking=True)
     launcher.launch(
         kernel, (len(models) * programs,),
-        *one, *results[0], offsets, None if blocks is None else blocks.schedule, z, next_z, sums, counter,
+        *one, *results[0], offsets, None if blocks is None else blocks.schedule, kept, z, next_z, sums, counter,
         rows, batch, steps, one.x.shape[0], active.n_in, active.n_out, following.n_out if following else 0,
         last.n_out if last else 0,
         _share(active.n_in, tiles.split_in, tiles.slices * tiles.inputs), _share(active.n_out, tiles.split_out, tiles.units),
@@ -119,8 +121,8 @@ def run(
         KIND=active.kind, NEXT_KIND=following.kind if following else 0, LAST_KIND=last.kind if last else 0, LOSS=loss,
         CLASSES=one.target.dim() == 1, NESTEROV=nesterov, RELATIVE=blocks is not None and blocks.relative,
         RESET=blocks is not None and blocks.reset,
-        PRECISION=tiles.precision, SPLIT_OUT=tiles.split_out, SPLIT_IN=tiles.split_in, SLICES=tiles.slices, ONE_TILE=one_tile,
-        ONE_BARRIER=tiles.one_barrier,
+        PRECISION=tiles.precision, SPLIT_OUT=tiles.split_out, SPLIT_IN=tiles.split_in, SLICES=tiles.slices, PARTS=tiles.parts,
+        ONE_TILE=one_tile, ONE_BARRIER=tiles.one_barrier,
         BLOCK_B=tiles.rows, BLOCK_OUT=tiles.units, BLOCK_IN=tiles.inputs, BLOCK_NEXT=tiles.next_units,
         BLOCK_LAST=tiles.last_units,
         BLOCK_PROGRAMS=triton.next_power_of_2(programs),

@@ -9,12 +9,16 @@ import triton.language as tl
 
 from . import barrier, tiling
 from .barrier import arrive, meet, wait
-from .device import CROSS_ENTROPY, MSE, divide, multiply_add, phi, slope, tile_sum
+from .device import CROSS_ENTROPY, MSE, divide, multiply_add, phi, slope
 from .tile import (
     add_gradient,
     exchanged,
+    forward_of_part,
+    gradient_of_part,
     gram_squares,
+    kept_part,
     last_layer,
+    load_parts,
     load_rows,
     mini_batch,
     move,
@@ -24,6 +28,7 @@ from .tile import (
     product,
     rows_of,
     squares_of,
+    store_parts,
     sum_of_parts,
     through,
     with_bias,
@@ -40,7 +45,7 @@ _VARYING = ["rows", "batch", "steps", "x_rows", "stride_order", "stride_tr", "st
 def persistent(
     p_weight, p_bias, p_velocity_weight, p_velocity_bias, p_x, p_target, p_order,
     p_next_weight, p_next_bias, p_next_velocity_weight, p_next_velocity_bias, p_lr, p_last_weight, p_last_bias,
-    p_losses, p_norms, p_offsets, p_schedule, p_z, p_next_z, p_sums, p_counter,
+    p_losses, p_norms, p_offsets, p_schedule, p_kept, p_z, p_next_z, p_sums, p_counter,
     rows, batch, steps, x_rows, n_in, n_out, n_next, n_last, share_in, share_out,
     stride_wo, stride_wi, stride_bias, stride_vo, stride_vi, stride_vbias, stride_xr, stride_xc, stride_order,
     stride_tr, stride_tc, stride_no, stride_ni, stride_nbias, stride_nvo, stride_nvi, stride_nvbias,
@@ -48,18 +53,18 @@ def persistent(
     low, high, next_low, next_high, last_low, last_high, momentum, x_scale,
     KIND: tl.constexpr, NEXT_KIND: tl.constexpr, LAST_KIND: tl.constexpr, LOSS: tl.constexpr, CLASSES: tl.constexpr,
     NESTEROV: tl.constexpr, RELATIVE: tl.constexpr, RESET: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT_OUT: tl.constexpr, SPLIT_IN: tl.constexpr, SLICES: tl.constexpr, ONE_TILE: tl.constexpr,
-    ONE_BARRIER: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_NEXT: tl.constexpr,
-    BLOCK_LAST: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT_OUT: tl.constexpr, SPLIT_IN: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
+    ONE_TILE: tl.constexpr, ONE_BARRIER: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_NEXT: tl.constexpr, BLOCK_LAST: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """SNGD over mini-batches of up to `batch` rows on one of the last three layers, or on the last two of them in turn.
 
     A cooperative 1D grid of SPLIT_OUT SPLIT_IN programs for each model, all resident; models know nothing of each other.
     Program (u, i) keeps W[units of u, inputs of i] and its velocity in registers from the first step to the last; u has
     `share_out` <= BLOCK_OUT units, i has `share_in` <= SLICES BLOCK_IN inputs. A tile is (SLICES, BLOCK_OUT, BLOCK_IN), a
-    warp for each slice of the inputs: so its products are split over the inner dimension, and no warp holds all of W. With
-    SLICES = 1, for matrix units, it is (BLOCK_OUT, BLOCK_IN). Of a next layer it keeps the columns of u's units. Up to three
-    barriers a step, or five with two layers after the active one:
+    warp, or two, for each slice of the inputs: so its products are split over the inner dimension, and no warp holds all of W.
+    With SLICES = 1, for matrix units, it is (BLOCK_OUT, BLOCK_IN). PARTS tiles of BLOCK_OUT / PARTS units each hold it. Of a
+    next layer it keeps the columns of u's units. Up to three barriers a step, or five with two layers after the active one:
 
     - with SPLIT_IN > 1: the partial Z = X W^T of a unit group's programs are exchanged in `z`, and each of them adds up
       all of them;
@@ -69,9 +74,13 @@ def persistent(
 
     Where a mini-batch is one tile of BLOCK_B rows (ONE_TILE), X and Z stay in registers over the step, and the rows of the
     next mini-batch are loaded while the last barrier is waited for. Otherwise tiles follow each other between the
-    barriers; X is read twice, Z is added up once, by one program of the unit group for each tile, and read from memory.
+    barriers; X is read twice, Z is added up once, by one program of the unit group for each tile, and read from memory. So
+    is D, which takes the place of the program's own partial Z. The next step's partial Z is made when W has moved.
 
-    With a layer after the next one (p_last_weight) it is always so. The next layer's weights are (SLICES, BLOCK_NEXT,
+    With PARTS > 1 it is always so; the parts of W move in turn, and the velocity is kept in memory, in `kept`, for each program
+    SLICES BLOCK_OUT BLOCK_IN numbers.
+
+    With a layer after the next one (p_last_weight) it is always so, too. The next layer's weights are (SLICES, BLOCK_NEXT,
     BLOCK_OUT) and the last one's (SLICES, BLOCK_LAST, BLOCK_NEXT), a warp for each slice of the next layer's units. Its partial
     pre-activations are added up by all programs, PIECE at a time, with the bias; after one more barrier the program of a unit
     group to which a tile belongs takes it through the last layer and back to D, which after a fifth barrier, with
@@ -100,6 +109,7 @@ def persistent(
     HAS_LAST: tl.constexpr = p_last_weight is not None
     WIDE: tl.constexpr = BLOCK_NEXT * (SLICES if HAS_LAST else 1)
     ROUNDS: tl.constexpr = p_schedule is not None
+    KEPT: tl.constexpr = MOMENTUM and PARTS > 1
     GRAM_PRECISION: tl.constexpr = "tf32" if PRECISION == "bf16" else PRECISION
     # Numbers of one model, or of one tile, are constants: the compiler would keep others in registers through all steps.
     model = tl.zeros([], tl.int32)
@@ -140,7 +150,6 @@ def persistent(
         local_input = tl.arange(0, SLICES)[:, None] * BLOCK_IN + local_input[None, :]
     unit, m_unit = part(unit_group, share_out, n_out, local_unit)
     column, m_column = part(input_group, share_in, n_in, local_input)
-    m_w = m_unit[:, None] & tl.expand_dims(m_column, -2)
     unit_64 = unit.to(tl.int64)
     column_64 = column.to(tl.int64)
     following = tl.arange(0, BLOCK_NEXT)
@@ -155,15 +164,17 @@ def persistent(
 
     p_x_columns = p_x + tl.expand_dims(column_64, -2) * stride_xc
     p_w = of_model(p_weight, p_offsets, model, 0)
-    p_w += unit_64[:, None] * stride_wo + tl.expand_dims(column_64, -2) * stride_wi
-    w = tl.load(p_w, mask=m_w, other=0.0)
+    w = load_parts(p_w, stride_wo, stride_wi, unit_group, share_out, n_out, column, m_column, PARTS, BLOCK_OUT)
     v = w
     bias = tl.zeros([BLOCK_OUT], tl.float32)
     v_bias = bias
     if MOMENTUM:
         p_v = of_model(p_velocity_weight, p_offsets, model, 2)
-        p_v += unit_64[:, None] * stride_vo + tl.expand_dims(column_64, -2) * stride_vi
-        v = tl.load(p_v, mask=m_w, other=0.0)
+        v = load_parts(p_v, stride_vo, stride_vi, unit_group, share_out, n_out, column, m_column, PARTS, BLOCK_OUT)
+        if KEPT:
+            p_kept += tl.program_id(0).to(tl.int64) * (SLICES * BLOCK_OUT * BLOCK_IN)
+            for i in tl.static_range(PARTS):
+                tl.store(kept_part(p_kept, i, v[i]), v[i])
     if p_bias is not None:
         bias = tl.load(of_model(p_bias, p_offsets, model, 1) + unit_64 * stride_bias, mask=m_unit, other=0.0)
         if MOMENTUM:
@@ -213,6 +224,13 @@ def persistent(
     if ONE_TILE:
         row, exists, m_row = rows_of(p_order, stride_order, first, count, 0, x_rows, BLOCK_B)
         x = load_rows(p_x_columns, stride_xr, row, m_row & exists, m_column, x_scale)
+    else:
+        p_own = p_z + input_group * z_size
+        for i in tl.static_range(PARTS):
+            forward_of_part(
+                i, w[i], p_own, p_x_columns, p_order, stride_order, stride_xr, first, count, tiles, x_rows,
+                m_column, x_scale, BLOCK_B, BLOCK_OUT, PARTS, PRECISION,
+            )  # fmt: skip
 
     for step in range(0, steps):
         if ROUNDS:
@@ -220,20 +238,18 @@ def persistent(
                 current = block
                 lr = tl.load(p_lr + block)
                 if RELATIVE:
-                    squares = tile_sum(w * w) + tl.where(input_group == 0, tl.sum(bias * bias, axis=0), 0.0)
-                    next_squares = tile_sum(next_w * next_w)
-                    next_squares += tl.where(program == 0, tl.sum(next_bias * next_bias, axis=0), 0.0)
+                    squares = squares_of(w, bias, input_group == 0, p_bias is not None)
+                    next_squares = squares_of((next_w,), next_bias, program == 0, p_next_bias is not None)
                     squares = tl.where(layer == 0, squares, tl.where(input_group == 0, next_squares, 0.0))
                     if PROGRAMS > 1:
                         tl.store(p_sums + 4 * PROGRAMS + program, squares)
                         sense = meet(p_counter, program, sense, PROGRAMS)
-                        p_own = p_sums + 4 * PROGRAMS + every
-                        squares = tl.sum(exchanged(p_own, m_every), axis=0)
+                        squares = tl.sum(exchanged(p_sums + 4 * PROGRAMS + every, m_every), axis=0)
                     lr *= tl.where(squares == 0.0, 1.0, tl.sqrt_rn(squares))
                     if program == 0:
                         tl.store(p_lr + block, lr)
                 if RESET:
-                    v = tl.where(layer == 0, 0.0, v)
+                    v = (tl.where(layer == 0, 0.0, v[0]),)
                     v_bias = tl.where(layer == 0, 0.0, v_bias)
                     next_v = tl.where(layer == 1, 0.0, next_v)
                     next_v_bias = tl.where(layer == 1, 0.0, next_v_bias)
@@ -244,7 +260,7 @@ def persistent(
         scale = divide(tl.full([], 2.0 if LOSS == MSE else 1.0, tl.float32), elements)
         loss = tl.zeros([], tl.float32)
         if ONE_TILE:
-            z = product(x, w, PRECISION)
+            z = product(x, w[0], PRECISION)
             if ONE_BARRIER:
                 gram = multiply_add(x, tl.trans(x), tl.zeros([BLOCK_B, BLOCK_B], tl.float32), GRAM_PRECISION)
                 m_z = m_row[:, None] & m_unit[None, :]
@@ -274,10 +290,6 @@ def persistent(
                     last_z = sum_of_parts(p_next_z + next_tile, None, next_size, SPLIT_OUT)
                 last_z = with_bias(last_z, next_bias, exists)
         else:
-            for tile in range(0, tiles):
-                row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
-                x = load_rows(p_x_columns, stride_xr, row, m_row & exists, m_column, x_scale)
-                tl.store(p_z + input_group * z_size + tile * (BLOCK_B * BLOCK_OUT) + z_tile, product(x, w, PRECISION))
             if SPLIT_IN > 1:
                 sense = meet(p_counter, program, sense, PROGRAMS)
             else:
@@ -330,51 +342,66 @@ def persistent(
                 else:
                     tl.debug_barrier()
 
-        grad = tl.zeros_like(w)
-        grad_bias = tl.zeros([BLOCK_OUT], tl.float32)
         next_grad = tl.zeros([BLOCK_NEXT, BLOCK_OUT], tl.float32)
         next_grad_bias = tl.zeros([BLOCK_NEXT], tl.float32)
+        d = tl.zeros([BLOCK_B, BLOCK_OUT], tl.float32)
+        grad_bias = tl.zeros([BLOCK_OUT], tl.float32)
+        if not HAS_LAST:
+            for tile in range(0, 1 if ONE_TILE else tiles):
+                if not ONE_TILE:
+                    row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
+                    z = tl.load(p_z + SPLIT_IN * z_size + tile * (BLOCK_B * BLOCK_OUT) + z_tile, cache_modifier=".cg")
+                    last_z = z
+                    if HAS_NEXT:
+                        p_next_tile = p_next_z + tile * (BLOCK_B * WIDE) + next_tile
+                        last_z = with_bias(sum_of_parts(p_next_tile, None, next_size, SPLIT_OUT), next_bias, exists)
+                if HAS_NEXT:
+                    d, value = last_layer(
+                        last_z, p_target, row, exists, m_row, following, m_next, stride_tr, stride_tc, n_next, scale,
+                        next_low, next_high, NEXT_KIND, LOSS, CLASSES,
+                    )  # fmt: skip
+                    m_z = m_row[:, None] & m_unit[None, :]
+                    if ROUNDS:
+                        # A gradient that is not wanted is that of a D of zeros: a branch would make some specialization spill.
+                        h = tl.where(m_z, phi(z, low, high, KIND), 0.0)
+                        last_d = tl.where(layer == 1, d, 0.0)
+                        next_grad = multiply_add(tl.trans(last_d), h, next_grad, PRECISION)
+                        next_grad_bias += tl.sum(last_d, axis=0)
+                        m_z = m_z & (layer == 0)
+                    back = multiply_add(d, next_w, tl.zeros([BLOCK_B, BLOCK_OUT], tl.float32), PRECISION)
+                    d = tl.where(m_z, back * slope(z, low, high, KIND), 0.0)
+                else:
+                    d, value = last_layer(
+                        last_z, p_target, row, exists, m_row, unit, m_unit, stride_tr, stride_tc, n_out, scale,
+                        low, high, KIND, LOSS, CLASSES,
+                    )  # fmt: skip
+                loss += value
+                grad_bias += tl.sum(d, axis=0)
+                if not ONE_TILE:
+                    tl.store(p_own + tile * (BLOCK_B * BLOCK_OUT) + z_tile, d)
+            if not ONE_TILE:
+                tl.debug_barrier()
+
         squares = tl.zeros([], tl.float32)
         trusted = squares > 0
-        for tile in range(0, 1 if ONE_TILE else tiles):
-            if not ONE_TILE:
-                row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
-                z = tl.load(p_z + SPLIT_IN * z_size + tile * (BLOCK_B * BLOCK_OUT) + z_tile, cache_modifier=".cg")
-                last_z = z
-                if HAS_NEXT and not HAS_LAST:
-                    p_next_tile = p_next_z + tile * (BLOCK_B * WIDE) + next_tile
-                    last_z = with_bias(sum_of_parts(p_next_tile, None, next_size, SPLIT_OUT), next_bias, exists)
-                x = load_rows(p_x_columns, stride_xr, row, m_row & exists & (layer == 0), m_column, x_scale)
-            if HAS_LAST:
-                d = z
-            elif HAS_NEXT:
-                d, value = last_layer(
-                    last_z, p_target, row, exists, m_row, following, m_next, stride_tr, stride_tc, n_next, scale,
-                    next_low, next_high, NEXT_KIND, LOSS, CLASSES,
-                )  # fmt: skip
-                m_z = m_row[:, None] & m_unit[None, :]
-                if ROUNDS:
-                    # A gradient that is not wanted is that of a D of zeros: a branch would make some specialization spill.
-                    h = tl.where(m_z, phi(z, low, high, KIND), 0.0)
-                    last_d = tl.where(layer == 1, d, 0.0)
-                    next_grad = multiply_add(tl.trans(last_d), h, next_grad, PRECISION)
-                    next_grad_bias += tl.sum(last_d, axis=0)
-                    m_z = m_z & (layer == 0)
-                back = multiply_add(d, next_w, tl.zeros([BLOCK_B, BLOCK_OUT], tl.float32), PRECISION)
-                d = tl.where(m_z, back * slope(z, low, high, KIND), 0.0)
-            else:
-                d, value = last_layer(
-                    last_z, p_target, row, exists, m_row, unit, m_unit, stride_tr, stride_tc, n_out, scale,
-                    low, high, KIND, LOSS, CLASSES,
-                )  # fmt: skip
-            if not HAS_LAST:
-                loss += value
-            grad = add_gradient(d, x, grad, PRECISION)
-            grad_bias += tl.sum(d, axis=0)
+        grad = ()
+        if ONE_TILE:
+            grad = (add_gradient(d, x, tl.zeros_like(w[0]), PRECISION),)
             if ONE_BARRIER:
                 if p_bias is not None:
                     gram += 1.0
                 squares, trusted = gram_squares(d, gram, GRAM_PRECISION)
+        else:
+            p_d = p_z + SPLIT_IN * z_size if HAS_LAST else p_own
+            if HAS_LAST:
+                for tile in range(0, tiles):
+                    grad_bias += tl.sum(exchanged(p_d + tile * (BLOCK_B * BLOCK_OUT) + z_tile, None), axis=0)
+            for i in tl.static_range(PARTS):
+                of_part = gradient_of_part(
+                    i, tl.zeros_like(w[i]), p_d, p_x_columns, p_order, stride_order, stride_xr, first,
+                    tl.where(layer == 0, count, 0), tiles, x_rows, m_column, x_scale, BLOCK_B, BLOCK_OUT, PARTS, PRECISION,
+                )  # fmt: skip
+                grad += (of_part,)
 
         acted = layer
         if ONE_BARRIER:
@@ -388,7 +415,7 @@ def persistent(
         else:
             squares = squares_of(grad, grad_bias, input_group == 0, p_bias is not None)
             if ROUNDS:
-                own = squares_of(next_grad, next_grad_bias, program == 0, p_next_bias is not None)
+                own = squares_of((next_grad,), next_grad_bias, program == 0, p_next_bias is not None)
                 squares += tl.where(input_group == 0, own, 0.0)
             if PROGRAMS > 1:
                 counted = unit_group == 0 if HAS_LAST else (program == 0 if HAS_NEXT else input_group == 0)
@@ -404,6 +431,8 @@ def persistent(
                 sense = wait(p_counter, sense)
                 squares = tl.sum(exchanged(p_half + every, m_every), axis=0)
                 loss = tl.sum(exchanged(p_half + PROGRAMS + every, m_every), axis=0)
+            elif not ONE_TILE:
+                tl.debug_barrier()
         norm = tl.sqrt_rn(squares)
         if program == 0:
             tl.store(of_model(p_norms, p_offsets, model, 15) + step, norm)
@@ -411,7 +440,26 @@ def persistent(
         # NaN is neither above 0 nor below infinity.
         moves = (norm > 0) & (norm < float("inf"))
         now = moves & (acted == 0)
-        w, v = move(w, v, grad, norm, lr, momentum, now, MOMENTUM, NESTEROV)
+        new_w = ()
+        new_v = ()
+        for i in tl.static_range(PARTS):
+            v_part = v[i]
+            if KEPT:
+                v_part = tl.load(kept_part(p_kept, i, w[i]))
+            w_part, v_part = move(w[i], v_part, grad[i], norm, lr, momentum, now, MOMENTUM, NESTEROV)
+            if KEPT:
+                tl.store(kept_part(p_kept, i, w[i]), v_part)
+            new_w += (w_part,)
+            new_v += (v_part,)
+            if not ONE_TILE:
+                # At once, for the next step: the compiler would put off what nothing needs yet, and keep both of it till then.
+                forward_of_part(
+                    i, w_part, p_own, p_x_columns, p_order, stride_order, stride_xr, first, count, tiles, x_rows,
+                    m_column, x_scale, BLOCK_B, BLOCK_OUT, PARTS, PRECISION,
+                )  # fmt: skip
+        w = new_w
+        if not KEPT:
+            v = new_v
         if p_bias is not None:
             bias, v_bias = move(bias, v_bias, grad_bias, norm, lr, momentum, now, MOMENTUM, NESTEROV)
         if ROUNDS:
@@ -427,16 +475,18 @@ def persistent(
     again = model + zero
     unit, m_unit = part(unit_group, share_out + zero, n_out, local_unit)
     column, m_column = part(input_group, share_in + zero, n_in, local_input)
-    m_w = m_unit[:, None] & tl.expand_dims(m_column, -2)
     unit_64 = unit.to(tl.int64)
     column_64 = column.to(tl.int64)
     p_w = of_model(p_weight, p_offsets, again, 0)
-    p_w += unit_64[:, None] * stride_wo + tl.expand_dims(column_64, -2) * stride_wi
-    tl.store(p_w, w, mask=m_w)
+    store_parts(w, p_w, stride_wo, stride_wi, unit_group, share_out + zero, n_out, column, m_column, PARTS, BLOCK_OUT)
     if MOMENTUM:
+        if KEPT:
+            tl.debug_barrier()
+            v = ()
+            for i in tl.static_range(PARTS):
+                v += (tl.load(kept_part(p_kept, i, w[i])),)
         p_v = of_model(p_velocity_weight, p_offsets, again, 2)
-        p_v += unit_64[:, None] * stride_vo + tl.expand_dims(column_64, -2) * stride_vi
-        tl.store(p_v, v, mask=m_w)
+        store_parts(v, p_v, stride_vo, stride_vi, unit_group, share_out + zero, n_out, column, m_column, PARTS, BLOCK_OUT)
     if p_bias is not None:
         if input_group == 0:
             tl.store(of_model(p_bias, p_offsets, again, 1) + unit_64 * stride_bias, bias, mask=m_unit)

@@ -47,6 +47,7 @@ class Persistent(NamedTuple):
     split_out: int
     split_in: int
     slices: int  # of the inputs of a program
+    parts: int  # of the units of a program, more than one where its tile is too large to be updated at once
     num_warps: int
     precision: str
     one_barrier: bool  # with the Gram norm
@@ -64,7 +65,7 @@ class Persistent(NamedTuple):
         return padded * max((self.split_in + 1) * self.units, (self.split_out + 1) * self.slices * self.next_units)
 
 
-# Registers of a thread that the tiles of one program may take, by the estimate in `persistent`. Found by compiling: with more
+# Registers of a thread that the tiles of one program may take, by the estimate of `_registers`. Found by compiling: with more
 # some specialization spills.
 PERSISTENT_REGISTERS = 160
 
@@ -76,6 +77,10 @@ ONE_BARRIER_ROWS, ONE_BARRIER_UNITS, ONE_BARRIER_INPUTS = 32, 128, (64, 32)
 # With two layers after the active one: the most units of both, (units, inputs of a warp), rows and warps. Found by compiling:
 # with more some specialization spills, and so it does with the last of these tiles before more than 128 units.
 DEEP_WIDTHS, DEEP_TILES, DEEP_ROWS, DEEP_WARPS = (256, 16), ((16, 16), (32, 16), (16, 32)), 16, 8
+
+# The largest tile: (units, inputs of a slice, slices), rows, parts of the units, warps, and the most units of the next layer.
+# Found by compiling: before more units, and for another capability than 9.0, some specialization spills.
+WIDE_TILE, WIDE_ROWS, WIDE_PARTS, WIDE_WARPS, WIDE_NEXT = (64, 64, 4), 16, 4, 8, 16
 
 # Places in a launch's scratch are int32.
 MOST_SCRATCH = 2**31
@@ -102,35 +107,53 @@ def side_by_side(how: Persistent, models: int, most_programs: int, device: Devic
 
 
 def _persistent(
-    widths: tuple[int, ...], batch: int, units: int, inputs: int, warps: int, device: Device, rows: int = 32
+    widths: tuple[int, ...],
+    batch: int,
+    units: int,
+    inputs: int,
+    slices: int,
+    device: Device,
+    rows: int = 32,
+    parts: int = 1,
+    momentum: bool = False,
 ) -> Persistent:
     n_in, n_out, *suffix = widths
-    split_out, split_in = -(-n_out // units), -(-n_in // (warps * inputs))
+    warps = slices if parts == 1 else WIDE_WARPS
+    split_out, split_in = -(-n_out // units), -(-n_in // (slices * inputs))
     n_next, deep = suffix[0] if suffix else 0, len(suffix) == 2
-    next_units = power_of_two(-(-n_next // warps) if deep else n_next, 16, 64) if suffix else 16
+    next_units = power_of_two(-(-n_next // slices) if deep else n_next, 16, 64) if suffix else 16
     last_units = power_of_two(suffix[-1], 16, 64) if deep else 16
     tiles = -(-batch // rows)
     padded, programs = tiles * rows, split_out * split_in
-    products = 2 * padded * warps * inputs * units + (2 * padded * units * next_units if n_next and not deep else 0)
+    products = 2 * padded * slices * inputs * units + (2 * padded * units * next_units if n_next and not deep else 0)
     if deep:
         # Of so many rows a program adds up Z, and goes to the next layer, through the last one and back.
-        own, wide = -(-tiles // split_in) * rows, warps * next_units
+        own, wide = -(-tiles // split_in) * rows, slices * next_units
         products += 2 * own * wide * (units + last_units)
         barriers = 2 * (split_in > 1) + 3 * (programs > 1)
         pieces = -(-padded * wide // (tiling.PIECE * programs)) * tiling.PIECE
-        exchanged = (2 * warps * inputs + 2 * units) * padded + own * ((split_in + 3) * units + 2 * wide)
+        exchanged = (2 * slices * inputs + 2 * units) * padded + own * ((split_in + 3) * units + 2 * wide)
         exchanged += (split_out + 1) * pieces
-    elif tiles == 1:
+    elif tiles == 1 and parts == 1:
         barriers = (split_in > 1) + (n_next > 0 and split_out > 1) + (programs > 1)
-        exchanged = (warps * inputs + (split_in > 1) * split_in * units + (split_out > 1) * split_out * n_next) * padded
+        exchanged = (slices * inputs + (split_in > 1) * split_in * units + (split_out > 1) * split_out * n_next) * padded
     else:
         barriers = (split_in > 1) + 2 * (programs > 1)
-        exchanged = (2 * warps * inputs + 2 * units + split_out * n_next) * padded
+        # Every part of the units reads all of X, which L1 holds after the first one. With several, V is kept in memory.
+        exchanged = (2 * slices * inputs + 4 * units + split_out * n_next) * padded
+        exchanged += 2 * slices * inputs * units * (momentum and parts > 1)
     time = barriers * (device.barrier + device.barrier_program * programs) + (tiles - 1) * device.tile
     time += products / 1e6 / device.fma
     drawn = 4 * exchanged / 1e6
-    how = Persistent(rows, units, inputs, next_units, last_units, split_out, split_in, warps, warps, "ieee", False, drawn, time)
+    how = Persistent(
+        rows, units, inputs, next_units, last_units, split_out, split_in, slices, parts, warps, "ieee", False, drawn, time
+    )
     return how._replace(microseconds=time + _from_l2(how, 1, device))
+
+
+def _registers(tiles: Persistent, momentum: bool) -> int:
+    """Registers of a thread that the tiles of one program take, by estimate: W, G, V and a product's operands."""
+    return ((3 + momentum) * tiles.units * tiles.inputs + 2 * tiles.rows * (tiles.inputs + tiles.units)) // 32
 
 
 def _one_barrier(
@@ -142,7 +165,7 @@ def _one_barrier(
     products = rows * (2 * inputs * units + rows * (inputs + units) + (2 * units * next_units if n_next else 0))
     exchanged = batch * inputs + split_in * batch * (n_out + batch)
     time = device.barrier + device.barrier_program * split_in + products / 1e6 / device.rate(precision)
-    how = Persistent(rows, units, inputs, next_units, 16, 1, split_in, 1, 8, precision, True, 4 * exchanged / 1e6, time)
+    how = Persistent(rows, units, inputs, next_units, 16, 1, split_in, 1, 1, 8, precision, True, 4 * exchanged / 1e6, time)
     return how._replace(microseconds=time + _from_l2(how, 1, device))
 
 
@@ -170,17 +193,19 @@ def persistent(
         if n_next > DEEP_WIDTHS[0] or suffix[1] > DEEP_WIDTHS[1]:
             return None
         rows, sizes = DEEP_ROWS, [(DEEP_WARPS, *tile) for tile in DEEP_TILES[: None if n_next <= 128 else -1]]
-    fitting = []
-    for warps, units, inputs in sizes:
-        tiles = _persistent(shape.widths, batch, units, inputs, warps, device, rows)
-        registers = ((3 + shape.momentum) * units * inputs + 2 * tiles.rows * (inputs + units)) // 32
-        if registers > PERSISTENT_REGISTERS or tiles.programs > most_programs or tiles.scratch(batch) >= MOST_SCRATCH:
-            continue
-        if shape.loss == losses.CROSS_ENTROPY and not suffix and tiles.split_out > 1:
-            continue
-        fitting.append(tiles)
+    sized = [_persistent(shape.widths, batch, units, inputs, slices, device, rows) for slices, units, inputs in sizes]
+    sized = [tiles for tiles in sized if _registers(tiles, shape.momentum) <= PERSISTENT_REGISTERS]
+    if device.hopper and not both and len(suffix) < 2 and n_next <= WIDE_NEXT:
+        sized.append(_persistent(shape.widths, batch, *WIDE_TILE, device, WIDE_ROWS, WIDE_PARTS, shape.momentum))
+    fitting = [
+        tiles
+        for tiles in sized
+        if tiles.programs <= most_programs
+        and tiles.scratch(batch) < MOST_SCRATCH
+        and not (shape.loss == losses.CROSS_ENTROPY and not suffix and tiles.split_out > 1)
+    ]
     fits = len(suffix) < 2 and batch <= ONE_BARRIER_ROWS and n_out <= ONE_BARRIER_UNITS
-    if device.one_barrier and shape.precision != "highest" and not both and fits:
+    if device.hopper and shape.precision != "highest" and not both and fits:
         inputs = ONE_BARRIER_INPUTS[shape.momentum or shape.x_dtype == torch.bfloat16]
         tiles = _one_barrier(n_out, n_in, n_next, batch, inputs, "tf32" if shape.precision == "high" else "bf16", device)
         if 1 < tiles.split_in <= most_programs:
@@ -243,8 +268,8 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return H200
     found = torch.cuda.get_device_properties(device)
-    one_barrier = (found.major, found.minor) == (9, 0)
-    return H200._replace(multiprocessors=found.multi_processor_count, l2_bytes=found.L2_cache_size, one_barrier=one_barrier)
+    hopper = (found.major, found.minor) == (9, 0)
+    return H200._replace(multiprocessors=found.multi_processor_count, l2_bytes=found.L2_cache_size, hopper=hopper)
 
 
 def _persistent_cost(tiles: Persistent, shape: Shape, most_programs: int, device: Device) -> Cost:
@@ -281,7 +306,7 @@ def _refusal(shape: Shape, most_programs: int, device: Device) -> str:
         if not alone(suffix[place]):
             most = bisect.bisect(range(1, suffix[place]), 0, key=lambda width: not alone(width))
             reasons.append(f"{which} layer's width {suffix[place]} > {most}")
-    whole = (n_in, n_out, *easy.widths[2:])
+    whole = (n_in, n_out, *(easy.widths[2:] if reasons else suffix))
     if not serves(most_programs, widths=whole, momentum=shape.momentum):
         kept = "W and its velocity do" if shape.momentum else "W does"
         reasons.append(f"{kept} not fit the registers of {most_programs} program{'s' * (most_programs != 1)}")

@@ -9,11 +9,11 @@ import triton.language as tl
 
 from .device import (
     CROSS_ENTROPY,
-    divide,
     element_loss,
     load_x,
     multiply_add,
     phi,
+    quotients,
     residual,
     slope,
     source_rows,
@@ -72,6 +72,59 @@ def part(group, share, size, local):
 
 
 @triton.jit
+def part_of_layer(
+    i, p, stride_o, stride_i, unit_group, share_out, n_out, column, m_column, PARTS: tl.constexpr, BLOCK_OUT: tl.constexpr
+):  # fmt: skip
+    """Where a layer's weights from these inputs to the i-th of PARTS parts of a program's units lie, and which exist."""
+    unit, m_unit = part(unit_group, share_out, n_out, i * (BLOCK_OUT // PARTS) + tl.arange(0, BLOCK_OUT // PARTS))
+    p_part = p + unit.to(tl.int64)[:, None] * stride_o + tl.expand_dims(column.to(tl.int64), -2) * stride_i
+    return p_part, m_unit[:, None] & tl.expand_dims(m_column, -2)
+
+
+@triton.jit
+def load_parts(
+    p, stride_o, stride_i, unit_group, share_out, n_out, column, m_column, PARTS: tl.constexpr, BLOCK_OUT: tl.constexpr
+):  # fmt: skip
+    """A program's part of a layer, as PARTS tiles of its units one after the other."""
+    tiles = ()
+    for i in tl.static_range(PARTS):
+        p_part, m_part = part_of_layer(
+            i, p, stride_o, stride_i, unit_group, share_out, n_out, column, m_column, PARTS, BLOCK_OUT
+        )  # fmt: skip
+        tiles += (tl.load(p_part, mask=m_part, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def store_parts(
+    tiles, p, stride_o, stride_i, unit_group, share_out, n_out, column, m_column, PARTS: tl.constexpr, BLOCK_OUT: tl.constexpr
+):  # fmt: skip
+    """What `load_parts` has loaded, back to its place."""
+    for i in tl.static_range(PARTS):
+        p_part, m_part = part_of_layer(
+            i, p, stride_o, stride_i, unit_group, share_out, n_out, column, m_column, PARTS, BLOCK_OUT
+        )  # fmt: skip
+        tl.store(p_part, tiles[i], mask=m_part)
+
+
+@triton.jit
+def kept_part(p_kept, i, like):
+    """Where the i-th part of a program's tile lies that it keeps in memory: one after the other, without gaps."""
+    slices: tl.constexpr = like.shape[0]
+    units: tl.constexpr = like.shape[1]
+    inputs: tl.constexpr = like.shape[2]
+    row = tl.arange(0, slices)[:, None] * units + tl.arange(0, units)[None, :]
+    return p_kept + i * (slices * units * inputs) + row[:, :, None] * inputs + tl.arange(0, inputs)[None, None, :]
+
+
+@triton.jit
+def tile_part(i, BLOCK_B: tl.constexpr, BLOCK_OUT: tl.constexpr, PARTS: tl.constexpr):
+    """Where the columns of the i-th part of the units lie in a (BLOCK_B, BLOCK_OUT) tile."""
+    local_unit = i * (BLOCK_OUT // PARTS) + tl.arange(0, BLOCK_OUT // PARTS)
+    return tl.arange(0, BLOCK_B)[:, None] * BLOCK_OUT + local_unit[None, :]
+
+
+@triton.jit
 def load_rows(p_x_columns, stride_xr, row, m_row, m_column, x_scale):
     """Rows of x at a program's columns, (SLICES, BLOCK_B, BLOCK_IN) or (BLOCK_B, BLOCK_IN)."""
     mask = m_row[:, None] & tl.expand_dims(m_column, -2)
@@ -127,9 +180,44 @@ def sum_of_parts(p_tile, mask, size, PARTS: tl.constexpr):
 
 
 @triton.jit
+def forward_of_part(
+    i, w, p_z, p_x_columns, p_order, stride_order, stride_xr, first, count, tiles, x_rows, m_column, x_scale,
+    BLOCK_B: tl.constexpr, BLOCK_OUT: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X w^T of all tiles of a mini-batch's rows, w being the i-th part of a program's units, to its columns of `p_z`."""
+    for tile in range(0, tiles):
+        row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
+        x = load_rows(p_x_columns, stride_xr, row, m_row & exists, m_column, x_scale)
+        tl.store(p_z + tile * (BLOCK_B * BLOCK_OUT) + tile_part(i, BLOCK_B, BLOCK_OUT, PARTS), product(x, w, PRECISION))
+
+
+@triton.jit
+def gradient_of_part(
+    i, grad, p_d, p_x_columns, p_order, stride_order, stride_xr, first, count, tiles, x_rows, m_column, x_scale,
+    BLOCK_B: tl.constexpr, BLOCK_OUT: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad + D^T X over all tiles of a mini-batch's rows, for the i-th part of a program's units; D from memory."""
+    for tile in range(0, tiles):
+        row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
+        d = exchanged(p_d + tile * (BLOCK_B * BLOCK_OUT) + tile_part(i, BLOCK_B, BLOCK_OUT, PARTS), None)
+        x = load_rows(p_x_columns, stride_xr, row, m_row & exists, m_column, x_scale)
+        grad = add_gradient(d, x, grad, PRECISION)
+    return grad
+
+
+@triton.jit
+def parts_squares(tiles):
+    """The sum of squares of all parts of a tile."""
+    squares = tiles[0] * tiles[0]
+    for i in tl.static_range(1, len(tiles)):
+        squares += tiles[i] * tiles[i]
+    return tile_sum(squares)
+
+
+@triton.jit
 def squares_of(grad, grad_bias, counted, BIAS: tl.constexpr):
-    """The sum of squares of a program's part of a gradient; the bias's where it is this program's to count."""
-    squares = tile_sum(grad * grad)
+    """The sum of squares of a program's parts of a gradient; the bias's where it is this program's to count."""
+    squares = parts_squares(grad)
     if BIAS:
         squares += tl.where(counted, tl.sum(grad_bias * grad_bias, axis=0), 0.0)
     return squares
@@ -186,12 +274,13 @@ def last_layer(
 @triton.jit
 def move(parameter, velocity, grad, norm, lr, momentum, moves, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr):
     """(parameter, velocity) after one step in the reference's order of operations, or as they were unless `moves`."""
-    direction = divide(grad, norm)
+    direction = quotients(grad, norm)
     if MOMENTUM:
-        new_velocity = momentum * velocity + direction
-        velocity = tl.where(moves, new_velocity, velocity)
+        # Not the new velocity or the old one: the compiler would choose at the end of a step, and keep both until then.
+        direction = tl.where(moves, direction, 0.0)
+        velocity = tl.where(moves, momentum, 1.0) * velocity + direction
         if NESTEROV:
-            direction = direction + momentum * new_velocity
+            direction = direction + momentum * velocity
         else:
-            direction = new_velocity
+            direction = velocity
     return tl.where(moves, parameter - lr * direction, parameter), velocity

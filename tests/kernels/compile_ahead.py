@@ -101,6 +101,14 @@ PERSISTENT_CASES = [
     ((784, 100, 200, 10), 20, "cross_entropy", TANH, "highest", "momentum, two models"),
     ((784, 100, 100, 16), 20, "binary_cross_entropy", SIGMOID, "highest", "bfloat16"),
     ((100, 40, 20, 10), 20, "mse", TANH, "highest", "transposed"),
+    ((3072, 512, 10), 20, "mse", LEAKY, "highest", "momentum"),
+    ((3072, 512, 16), 20, "cross_entropy", TANH, "highest", "uint8 momentum"),
+    ((3072, 512, 10), 100, "binary_cross_entropy", SIGMOID, "highest", "bfloat16"),
+    ((3072, 512, 10), 20, "mse", TANH, "highest", "transposed"),
+    ((3072, 512, 10), 20, "mse", LEAKY, "highest", "momentum, two models"),
+    ((3072, 512, 10), 20, "cross_entropy", LEAKY, "highest", "uint8 two models"),
+    ((3072, 512), 20, "mse", SIGMOID, "highest", "uint8 momentum, two models"),
+    ((12288, 60), 20, "cross_entropy", LEAKY, "highest", "momentum"),
 ]
 
 # widths, batch, with momentum and rates relative to the layer's norm, models
@@ -170,6 +178,7 @@ class Collector:
                 label += f", {constants['BLOCK_NEXT'] if args[6] is not None else 'no'} next rows"
             if persistent:
                 label += f" x {num_warps} warps, {constants['SPLIT_OUT']} x {constants['SPLIT_IN']} programs"
+                label += f", {constants['PARTS']} parts" if constants["PARTS"] > 1 else ""
                 label += ", models" if signature["p_offsets"] != "constexpr" else ""
                 label += ", two layers after" if signature["p_last_weight"] != "constexpr" else ""
                 label += ", blocks" if signature["p_schedule"] != "constexpr" else ""
@@ -279,9 +288,13 @@ def barriers_of_a_program(constexprs: dict) -> int:
     """How many barriers of its own threads a program has: two at a grid barrier, one where no other program is waited for."""
     if "SPLIT_OUT" not in constexprs:
         return 0
+    if constexprs["ONE_TILE"]:
+        return 2 * barriers(constexprs)
     single, alone = constexprs["SPLIT_IN"] == 1, constexprs["SPLIT_OUT"] * constexprs["SPLIT_IN"] == 1
-    deep = constexprs.get("p_last_weight", 0) is not None
-    return 2 * barriers(constexprs) + (0 if constexprs["ONE_TILE"] else (1 + deep) * (single + alone))
+    deep, kept = constexprs.get("p_last_weight", 0) is not None, constexprs.get("p_velocity_weight", 0) is not None
+    # Where D has been stored, unless there is a grid barrier for that; where it has been read; where a kept velocity is read.
+    rest = (not deep) + alone + (kept and constexprs["PARTS"] > 1)
+    return 2 * barriers(constexprs) + (1 + deep) * (single + alone) + rest
 
 
 def compile_one(capability, label, kernel, signature, constexprs, attributes, options, folder) -> dict:
@@ -333,7 +346,7 @@ def main() -> None:
             compile_one(capability, *entry, folder)
             for capability in capabilities
             for entry in collector.found.values()
-            if capability == 90 or not entry[3].get("ONE_BARRIER")  # chosen for no other
+            if capability == 90 or not (entry[3].get("ONE_BARRIER") or entry[3].get("PARTS", 1) > 1)  # chosen for no other
         ]
         print(json.dumps(found))
 

@@ -31,6 +31,12 @@ def tiles(p: Problem, batch: int) -> plan.Persistent:
     return plan._persistent(widths, batch, 16, 16, 4, plan.H200, rows=16 if len(p.suffix) == 2 else 32)
 
 
+def wide_tiles(p: Problem, batch: int) -> plan.Persistent:
+    """Tiles of 2 x 16 units and 4 x 16 inputs, updated part by part."""
+    widths = (p.weight.shape[1], p.weight.shape[0], *(layer.weight.shape[0] for layer in p.suffix))
+    return plan._persistent(widths, batch, 32, 16, 4, plan.H200, rows=16, parts=2)
+
+
 def one_barrier_tiles(p: Problem, batch: int, inputs: int = 32) -> plan.Persistent:
     """The form with one barrier a step, with few inputs a program."""
     n_next = p.suffix[0].weight.shape[0] if p.suffix else 0

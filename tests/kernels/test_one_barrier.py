@@ -175,7 +175,7 @@ def test_the_model_chooses_it_where_tf32_is_allowed():
         chosen([784, 100, 10], 33, "high"),
         chosen([784, 129, 10], 20, "high"),
         chosen([784, 100, 10], 20, "high", most=12),
-        chosen([784, 100, 10], 20, "high", device=plan.H200._replace(one_barrier=False)),
+        chosen([784, 100, 10], 20, "high", device=plan.H200._replace(hopper=False)),
         chosen([20, 15, 10], 20, "high"),
     ):
         assert how is None or not how.one_barrier

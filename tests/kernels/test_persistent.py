@@ -11,13 +11,14 @@ import itertools
 
 import pytest
 import torch
-from interleave import Deadlock
-from one_pass import MEET, ONLY_ARRIVE, WAIT, assert_pass_is_right, ends, mutant, one_barrier_tiles, run, tiles
-from passes import LR, truth
+from interleave import Deadlock, interleaved
+from one_pass import MEET, ONLY_ARRIVE, WAIT, assert_pass_is_right, ends, mutant, one_barrier_tiles, run, tiles, wide_tiles
+from passes import LR, arguments_of, rule_of, truth
 from support import ACTIVATIONS, LOSSES, Problem, as_float32, make_problem
 
 from dante_kernels import kernels, losses
 from dante_kernels.kernels import barrier, one_launch, persistent, plan
+from dante_kernels.kernels.fused import Call
 from dante_kernels.ops.layer import flatten
 
 # (n_in, widths): alone; units split; inputs split; both, with and without a next layer, and with two
@@ -30,12 +31,14 @@ FORMS_AND_WIDTHS = [
     pytest.param(tiles, (20, 3), id="tiles"),
     pytest.param(one_barrier_tiles, (20, 3), id="one_barrier"),
     pytest.param(tiles, (20, 18, 3), id="deep"),
+    pytest.param(wide_tiles, (20, 3), id="wide"),
 ]
 FORMS = pytest.mark.parametrize(("form", "widths"), FORMS_AND_WIDTHS)
 SPLITS = [(tiles, shape) for shape in SHAPES + DEEP] + [(one_barrier_tiles, shape) for shape in GRAM_SHAPES]
+WIDE = [(wide_tiles, shape) for shape in SHAPES]
 
 
-@pytest.mark.parametrize(("form", "shape"), SPLITS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(("form", "shape"), SPLITS + WIDE, ids=lambda value: getattr(value, "__name__", str(value)))
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_pass_is_right_for_every_split_and_loss(form, shape, loss):
     n_in, widths = shape
@@ -48,7 +51,7 @@ def test_a_pass_is_right_for_every_split_and_loss(form, shape, loss):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
-    ("form", "widths"), [*itertools.product((tiles, one_barrier_tiles), [(37, 10), (12,)]), (tiles, (37, 70, 10))]
+    ("form", "widths"), [*itertools.product((tiles, one_barrier_tiles, wide_tiles), [(37, 10), (12,)]), (tiles, (37, 70, 10))]
 )
 def test_a_pass_is_right_for_every_activation(form, widths, activation):
     p = make_problem(seed=4, rows=33, n_in=70, widths=widths, activation=activation)
@@ -105,11 +108,17 @@ REAL = [(98, (100, 10), 20), (98, (100,), 20), (784, (10,), 20)]
 TILED = [(*SHAPES[2], 40), (*SHAPES[3], 70), (*DEEP[1], 20), (*DEEP[2], 20), (*DEEP[3], 40)]
 
 
-@pytest.mark.parametrize("case", [*[(n_in, widths, 20) for n_in, widths in SHAPES[1:5]], *TILED, *REAL], ids=str)
-def test_unfair_schedules_give_the_same_bits(case, unfair):
+UNFAIR = [
+    *[(tiles, case) for case in [*[(n_in, widths, 20) for n_in, widths in SHAPES[1:5]], *TILED, *REAL]],
+    *[(wide_tiles, (*shape, 20)) for shape in SHAPES[1:5]],
+]
+
+
+@pytest.mark.parametrize(("form", "case"), UNFAIR, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_unfair_schedules_give_the_same_bits(form, case, unfair):
     n_in, widths, batch = case
     p = make_problem(seed=7, rows=2 * batch + 5, n_in=n_in, widths=widths)
-    results = [assert_pass_is_right(p.clone(), batch, tiles(p, batch), seed=seed) for seed in unfair]
+    results = [assert_pass_is_right(p.clone(), batch, form(p, batch), seed=seed, momentum=0.9) for seed in unfair]
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
@@ -120,8 +129,18 @@ def test_the_paper_s_net_with_its_28_programs():
     assert_pass_is_right(p, 20, how)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("widths", [(600, 130, 10), (3072, 512, 10)], ids=str)
+def test_the_largest_tiles(widths, momentum, request):
+    if widths[0] == 3072 and not request.config.getoption("--nightly"):
+        pytest.skip("40 seconds: with --nightly")
+    how = plan._persistent(widths, 20, *plan.WIDE_TILE, plan.H200, plan.WIDE_ROWS, plan.WIDE_PARTS, momentum > 0)
+    n_in, *rest = widths
+    assert_pass_is_right(make_problem(seed=8, rows=23, n_in=n_in, widths=rest), 20, how, momentum=momentum)
+
+
 @pytest.mark.parametrize(
-    ("form", "shape"), [*SPLITS[1:5], *SPLITS[7:13]], ids=lambda value: getattr(value, "__name__", str(value))
+    ("form", "shape"), [*SPLITS[1:5], *SPLITS[7:13], *WIDE[2:5]], ids=lambda value: getattr(value, "__name__", str(value))
 )
 def test_a_pass_gives_the_bits_of_its_steps(form, shape):
     n_in, widths = shape
@@ -133,6 +152,28 @@ def test_a_pass_gives_the_bits_of_its_steps(form, shape):
         assert torch.equal(torch.cat([loss, norm]), torch.stack([losses_[step], norms[step]]))
     assert torch.equal(p.weight, q.weight)
     assert torch.equal(p.bias, q.bias)
+
+
+def test_models_side_by_side_keep_their_own_velocities():
+    problems = [make_problem(seed=seed, rows=45, n_in=70, widths=(37, 10), class_indices=True) for seed in range(2)]
+    how = wide_tiles(problems[0], 20)
+    alone, together = (
+        [Call(*arguments_of(p, 20, rule=rule_of(p, 0.9))) for p in ps] for ps in ([p.clone() for p in problems], problems)
+    )
+
+    def launch(calls):
+        one = calls[0]
+        return one_launch.run([one_launch.model(c) for c in calls], one.layers, 20, one.loss, 0.9, False, 1.0, how)
+
+    with interleaved(0):
+        expected = [launch([call])[0] for call in alone]
+    with interleaved(1) as grids:
+        results = launch(together)
+    assert grids == [2 * how.programs]
+    for one, other, got, wanted in zip(together, alone, results, expected, strict=True):
+        assert torch.equal(one.weight, other.weight)
+        assert torch.equal(one.velocity_weight, other.velocity_weight)
+        assert torch.equal(torch.stack(got), torch.stack(wanted))
 
 
 @FORMS
@@ -285,7 +326,7 @@ def test_the_model_chooses_only_what_fits():
         served += 1
         assert how.programs <= most
         assert how.split_out * how.units >= n_out
-        assert how.split_in * how.num_warps * how.inputs >= n_in
+        assert how.split_in * how.slices * how.inputs >= n_in
         assert not suffix or how.next_units * (how.slices if suffix[1:] else 1) >= suffix[0]
         assert not suffix[1:] or how.last_units >= suffix[1]
         assert suffix or loss != "cross_entropy" or how.split_out == 1

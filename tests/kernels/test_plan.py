@@ -156,6 +156,23 @@ def test_small_layers_stay_on_chip_and_large_ones_do_not():
     assert choose((12288, 3072, 1536, 768, 384, 200), 100, precision="high").limit in ("L2", "memory")
 
 
+def test_large_tiles_are_for_one_capability_and_small_next_layers():
+    large = Shape((3072, 512, 10), 20, momentum=True)
+    how = plan.persistent(large, 132)
+    assert (how.split_out, how.split_in, how.parts, how.num_warps) == (8, 12, 4, 8)
+    assert choose(large.widths, 20, momentum=True).plan == "persistent"
+    assert plan.persistent(large, 95) is None
+    assert plan.persistent(large, 132, H200._replace(hopper=False)) is None
+    assert plan.persistent(large._replace(widths=(3072, 512, 17)), 132) is None
+    assert plan.persistent(large, 132, both=True) is None
+    # The velocity comes and goes; two more tiles of rows are that much work and latency, and three barriers stay.
+    free = H200._replace(l2=1e9, l2_per_multiprocessor=1e9)
+    still = plan.persistent(large._replace(momentum=False), 132)
+    assert how.drawn - still.drawn == pytest.approx(8 * 64 * 256 / 1e6)
+    longer = plan.persistent(large._replace(batch=64), 132, free).microseconds - plan.persistent(large, 132, free).microseconds
+    assert longer == pytest.approx(2 * (0.5 + 16 * 2 * 64 * (256 + 16) / 1e6 / H200.fma), rel=1e-3)
+
+
 def test_a_plan_that_serves_but_is_slower_is_not_chosen(monkeypatch):
     slow = plan.persistent(Shape((784, 100, 10), 20), 132)._replace(microseconds=1e3)
     monkeypatch.setattr(plan, "persistent", lambda *args, **rest: slow)
@@ -191,11 +208,17 @@ REASONS = [
     ((784, 100, 70), 20, {}, "next layer's width 70 > 64"),
     ((12288, 3072, 10), 20, {}, "W does not fit the registers of 132 programs"),
     ((784, 100, 10), 20, {"most_programs": 3}, "W does not fit the registers of 3 programs"),
-    ((784, 640, 10), 20, {"momentum": True, "most_programs": 60}, "W and its velocity do not fit the registers of 60 programs"),
-    ((20, 100), 20, {"loss": losses.CROSS_ENTROPY}, "a softmax row must lie in one program: 100 > 32"),
-    ((20, 100), 100, {"loss": losses.CROSS_ENTROPY, "precision": "high"}, "a softmax row must lie in one program: 100 > 32"),
+    (
+        (784, 1280, 10),
+        20,
+        {"momentum": True, "most_programs": 60},
+        "W and its velocity do not fit the registers of 60 programs",
+    ),
+    ((3072, 512, 17), 20, {}, "W does not fit the registers of 132 programs"),
+    ((20, 100), 20, {"loss": losses.CROSS_ENTROPY}, "a softmax row must lie in one program: 100 > 64"),
+    ((20, 100), 100, {"loss": losses.CROSS_ENTROPY, "precision": "high"}, "a softmax row must lie in one program: 100 > 64"),
     ((784, 400, 200, 10), 2**21, {}, "what its programs exchange of 2097152 rows is more than 2147483648 numbers"),
-    ((8000, 100), 33, {"precision": "high"}, "W does not fit the registers of 132 programs"),
+    ((20000, 100), 33, {"precision": "high"}, "W does not fit the registers of 132 programs"),
 ]
 
 
