@@ -32,6 +32,8 @@ class Device(NamedTuple):
     host_launch: float = 5.5  # microseconds of one from Python without a graph
     l2_per_multiprocessor: float = 0.12  # MB a microsecond that one multiprocessor reads from L2
     l2: float = 5.5  # MB a microsecond that all of them read from L2
+    l1: float = 0.25  # MB a microsecond that one multiprocessor reads from its L1: 128 bytes a cycle
+    l1_bytes: int = 160_000  # of it, beside the shared memory that the persistent plan's largest tiles take
     memory: float = 4.3  # MB a microsecond from memory
     l2_bytes: int = 50_000_000
     fma: float = 0.253  # millions of float32 fused multiply-adds a microsecond on one multiprocessor: its peak

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="assignment"
 # ruff: noqa: SIM102 - an `if` on a constexpr is decided at compile time, and stands apart from the others
 """Many steps of SNGD in one launch: the layer stays in registers, programs meet at grid barriers."""
 
@@ -60,7 +60,7 @@ def persistent(
     """SNGD over mini-batches of up to `batch` rows on one of the last three layers, or on the last two of them in turn.
 
     A cooperative 1D grid of SPLIT_OUT SPLIT_IN programs for each model, all resident; models know nothing of each other.
-    Program (u, i) keeps W[units of u, inputs of i] and its velocity in registers from the first step to the last; u has
+    Program (u, i) keeps W[units of u, inputs of i], and its velocity, in registers from the first step to the last; u has
     `share_out` <= BLOCK_OUT units, i has `share_in` <= SLICES BLOCK_IN inputs. A tile is (SLICES, BLOCK_OUT, BLOCK_IN), a
     warp, or two, for each slice of the inputs: so its products are split over the inner dimension, and no warp holds all of W.
     With SLICES = 1, for matrix units, it is (BLOCK_OUT, BLOCK_IN). PARTS tiles of BLOCK_OUT / PARTS units each hold it. Of a

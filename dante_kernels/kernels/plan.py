@@ -79,7 +79,7 @@ ONE_BARRIER_ROWS, ONE_BARRIER_UNITS, ONE_BARRIER_INPUTS = 32, 128, (64, 32)
 DEEP_WIDTHS, DEEP_TILES, DEEP_ROWS, DEEP_WARPS = (256, 16), ((16, 16), (32, 16), (16, 32)), 16, 8
 
 # The largest tile: (units, inputs of a slice, slices), rows, parts of the units, warps, and the most units of the next layer.
-# Found by compiling: before more units, and for another capability than 9.0, some specialization spills.
+# Found by compiling: before more units, for bfloat16 x, and for another capability than 9.0, some specialization spills.
 WIDE_TILE, WIDE_ROWS, WIDE_PARTS, WIDE_WARPS, WIDE_NEXT = (64, 64, 4), 16, 4, 8, 16
 
 # Places in a launch's scratch are int32.
@@ -125,6 +125,7 @@ def _persistent(
     last_units = power_of_two(suffix[-1], 16, 64) if deep else 16
     tiles = -(-batch // rows)
     padded, programs = tiles * rows, split_out * split_in
+    again, in_l1 = 0, True
     products = 2 * padded * slices * inputs * units + (2 * padded * units * next_units if n_next and not deep else 0)
     if deep:
         # Of so many rows a program adds up Z, and goes to the next layer, through the last one and back.
@@ -139,11 +140,14 @@ def _persistent(
         exchanged = (slices * inputs + (split_in > 1) * split_in * units + (split_out > 1) * split_out * n_next) * padded
     else:
         barriers = (split_in > 1) + 2 * (programs > 1)
-        # Every part of the units reads all of X, which L1 holds after the first one. With several, V is kept in memory.
         exchanged = (2 * slices * inputs + 4 * units + split_out * n_next) * padded
-        exchanged += 2 * slices * inputs * units * (momentum and parts > 1)
+        # Of several parts of the units all but the first read X again, from L1 if it finds room there beside the velocity.
+        kept = slices * inputs * units * (momentum and parts > 1)
+        again = 2 * (parts - 1) * slices * inputs * padded
+        in_l1 = 4 * (slices * inputs * padded + kept) <= device.l1_bytes
+        exchanged += 2 * kept + (0 if in_l1 else again)
     time = barriers * (device.barrier + device.barrier_program * programs) + (tiles - 1) * device.tile
-    time += products / 1e6 / device.fma
+    time += products / 1e6 / device.fma + 4 * again * in_l1 / 1e6 / device.l1
     drawn = 4 * exchanged / 1e6
     how = Persistent(
         rows, units, inputs, next_units, last_units, split_out, split_in, slices, parts, warps, "ieee", False, drawn, time
@@ -195,7 +199,8 @@ def persistent(
         rows, sizes = DEEP_ROWS, [(DEEP_WARPS, *tile) for tile in DEEP_TILES[: None if n_next <= 128 else -1]]
     sized = [_persistent(shape.widths, batch, units, inputs, slices, device, rows) for slices, units, inputs in sizes]
     sized = [tiles for tiles in sized if _registers(tiles, shape.momentum) <= PERSISTENT_REGISTERS]
-    if device.hopper and not both and len(suffix) < 2 and n_next <= WIDE_NEXT:
+    narrow = shape.x_dtype == torch.bfloat16
+    if device.hopper and not both and not narrow and len(suffix) < 2 and n_next <= WIDE_NEXT:
         sized.append(_persistent(shape.widths, batch, *WIDE_TILE, device, WIDE_ROWS, WIDE_PARTS, shape.momentum))
     fitting = [
         tiles

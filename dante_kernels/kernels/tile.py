@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="assignment"
 # ruff: noqa: SIM108 - an `if` on a constexpr is decided at compile time, and stands apart from the others
 """What a program of the persistent kernel does with one tile of rows, and with its part of a layer."""
 

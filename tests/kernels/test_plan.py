@@ -162,6 +162,7 @@ def test_large_tiles_are_for_one_capability_and_small_next_layers():
     assert (how.split_out, how.split_in, how.parts, how.num_warps) == (8, 12, 4, 8)
     assert choose(large.widths, 20, momentum=True).plan == "persistent"
     assert plan.persistent(large, 95) is None
+    assert plan.persistent(large._replace(x_dtype=torch.bfloat16), 132) is None
     assert plan.persistent(large, 132, H200._replace(hopper=False)) is None
     assert plan.persistent(large._replace(widths=(3072, 512, 17)), 132) is None
     assert plan.persistent(large, 132, both=True) is None
@@ -170,7 +171,11 @@ def test_large_tiles_are_for_one_capability_and_small_next_layers():
     still = plan.persistent(large._replace(momentum=False), 132)
     assert how.drawn - still.drawn == pytest.approx(8 * 64 * 256 / 1e6)
     longer = plan.persistent(large._replace(batch=64), 132, free).microseconds - plan.persistent(large, 132, free).microseconds
-    assert longer == pytest.approx(2 * (0.5 + 16 * 2 * 64 * (256 + 16) / 1e6 / H200.fma), rel=1e-3)
+    again = 4 * 2 * 3 * 32 * 256 / 1e6  # MB of X that three of the four parts read from L1
+    assert longer == pytest.approx(2 * (0.5 + 16 * 2 * 64 * (256 + 16) / 1e6 / H200.fma) + again / H200.l1, rel=1e-3)
+    # 112 rows find room in L1, but not beside the velocity.
+    hundred, moving = (plan.persistent(large._replace(batch=100, momentum=m), 132) for m in (False, True))
+    assert moving.drawn - hundred.drawn == pytest.approx((8 * 64 * 256 + 4 * 2 * 3 * 112 * 256) / 1e6)
 
 
 def test_a_plan_that_serves_but_is_slower_is_not_chosen(monkeypatch):
