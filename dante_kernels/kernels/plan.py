@@ -282,7 +282,7 @@ def _persistent_cost(tiles: Persistent, shape: Shape, most_programs: int, device
     free = {
         "barriers": device._replace(barrier=0.0, barrier_program=0.0),
         "arithmetic": device._replace(fma=float("inf")),
-        "L2": device._replace(l2_per_multiprocessor=float("inf")),
+        "L2": device._replace(l2_per_multiprocessor=float("inf"), l2=float("inf"), l1=float("inf")),
     }
     without = {limit: persistent(shape, most_programs, better) or tiles for limit, better in free.items()}
     return Cost(tiles.microseconds, min(without, key=lambda limit: without[limit].microseconds), 0)
@@ -313,8 +313,14 @@ def _refusal(shape: Shape, most_programs: int, device: Device) -> str:
             reasons.append(f"{which} layer's width {suffix[place]} > {most}")
     whole = (n_in, n_out, *(easy.widths[2:] if reasons else suffix))
     if not serves(most_programs, widths=whole, momentum=shape.momentum):
-        kept = "W and its velocity do" if shape.momentum else "W does"
+        kept = "W and its velocity do" if serves(most_programs, widths=whole) else "W does"
         reasons.append(f"{kept} not fit the registers of {most_programs} program{'s' * (most_programs != 1)}")
+        large = easy._replace(widths=(n_in, n_out), x_dtype=torch.float32)
+        if persistent(large, most_programs, device._replace(hopper=True)) is not None:
+            reasons[-1] += (
+                " (large tiles, which would hold W, are for float32 or uint8 x, for capability 9.0, "
+                f"and before at most one layer, of {WIDE_NEXT} units)"
+            )
     elif not suffix and not serves(most_programs, widths=whole, momentum=shape.momentum, loss=shape.loss):
         most = bisect.bisect(
             range(1, n_out), 0, key=lambda units: not serves(widths=(n_in, units), momentum=shape.momentum, loss=shape.loss)
