@@ -33,7 +33,7 @@ def quotients(x, y):
 
     A product with 1 / y and its remainder: four operations that the compiler can mix with others. A compiled division has
     as many, but also a test and a branch for the ends of float32's range, and so each element waits for the one before it.
-    Where |x| is below 2^-100 the remainder underflows, and the last place may be another.
+    Where |x| is below 2^-100 the remainder underflows, and the last place may be another; -0.0 becomes 0.0.
     """
     reciprocal = divide(tl.full([], 1.0, tl.float32), y)
     q = x * reciprocal

@@ -206,18 +206,12 @@ def gradient_of_part(
 
 
 @triton.jit
-def parts_squares(tiles):
-    """The sum of squares of all parts of a tile."""
-    squares = tiles[0] * tiles[0]
-    for i in tl.static_range(1, len(tiles)):
-        squares += tiles[i] * tiles[i]
-    return tile_sum(squares)
-
-
-@triton.jit
 def squares_of(grad, grad_bias, counted, BIAS: tl.constexpr):
-    """The sum of squares of a program's parts of a gradient; the bias's where it is this program's to count."""
-    squares = parts_squares(grad)
+    """The sum of squares of a gradient's parts, a tuple; the bias's where it is this program's to count."""
+    squares = grad[0] * grad[0]
+    for i in tl.static_range(1, len(grad)):
+        squares += grad[i] * grad[i]
+    squares = tile_sum(squares)
     if BIAS:
         squares += tl.where(counted, tl.sum(grad_bias * grad_bias, axis=0), 0.0)
     return squares
