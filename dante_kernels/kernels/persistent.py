@@ -16,6 +16,7 @@ from .tile import (
     forward_of_part,
     gradient_of_part,
     gram_squares,
+    hidden,
     kept_part,
     last_layer,
     load_parts,
@@ -263,8 +264,8 @@ def persistent(
             z = product(x, w[0], PRECISION)
             if ONE_BARRIER:
                 gram = multiply_add(x, tl.trans(x), tl.zeros([BLOCK_B, BLOCK_B], tl.float32), GRAM_PRECISION)
-                m_z = m_row[:, None] & m_unit[None, :]
-                m_gram = m_row[:, None] & m_row[None, :]
+                m_z = m_row[:, None] & (local_unit // 16 * 16 < n_out)[None, :]
+                m_gram = m_row[:, None]
                 p_half = p_z + (step % 2) * (SPLIT_IN * z_slice)
                 tl.store(p_half + program * z_slice + z_tile, z, mask=m_z)
                 tl.store(p_half + program * z_slice + gram_tile, gram, mask=m_gram)
@@ -276,18 +277,18 @@ def persistent(
                 z = sum_of_parts(p_half + z_tile, m_z, z_slice, SPLIT_IN)
                 gram = sum_of_parts(p_half + gram_tile, m_gram, z_slice, SPLIT_IN)
             elif SPLIT_IN > 1:
-                tl.store(p_z + input_group * z_size + z_tile, z)
+                tl.store(p_z + input_group * z_size + z_tile, z, mask=m_row[:, None])
                 sense = meet(p_counter, program, sense, PROGRAMS)
-                z = sum_of_parts(p_z + z_tile, None, z_size, SPLIT_IN)
+                z = sum_of_parts(p_z + z_tile, m_row[:, None], z_size, SPLIT_IN)
             z = with_bias(z, bias, exists)
             last_z = z
             if HAS_NEXT:
-                last_z = next_product(z, next_w, low, high, KIND, PRECISION)
+                last_z = next_product(hidden(z, m_unit, low, high, KIND), next_w, PRECISION)
                 if SPLIT_OUT > 1:
                     if input_group == 0:
-                        tl.store(p_next_z + unit_group * next_size + next_tile, last_z)
+                        tl.store(p_next_z + unit_group * next_size + next_tile, last_z, mask=m_row[:, None])
                     sense = meet(p_counter, program, sense, PROGRAMS)
-                    last_z = sum_of_parts(p_next_z + next_tile, None, next_size, SPLIT_OUT)
+                    last_z = sum_of_parts(p_next_z + next_tile, m_row[:, None], next_size, SPLIT_OUT)
                 last_z = with_bias(last_z, next_bias, exists)
         else:
             if SPLIT_IN > 1:
@@ -301,10 +302,11 @@ def persistent(
                 tl.store(p_tile + SPLIT_IN * z_size, z)
                 if HAS_NEXT:
                     p_next_tile = p_next_z + unit_group * next_size + tile * (BLOCK_B * WIDE) + next_tile
+                    h = hidden(z, m_unit, low, high, KIND)
                     if HAS_LAST:
-                        tl.store(p_next_tile, through(phi(z, low, high, KIND), tl.permute(next_w, (0, 2, 1)), PRECISION))
+                        tl.store(p_next_tile, through(h, tl.permute(next_w, (0, 2, 1)), PRECISION))
                     else:
-                        tl.store(p_next_tile, next_product(z, next_w, low, high, KIND, PRECISION))
+                        tl.store(p_next_tile, next_product(h, next_w, PRECISION))
             if PROGRAMS > 1:
                 sense = meet(p_counter, program, sense, PROGRAMS)
             else:
@@ -325,7 +327,7 @@ def persistent(
                     row, exists, m_row = rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B)
                     p_next_tile = p_next_z + SPLIT_OUT * next_size + tile * (BLOCK_B * WIDE) + next_tile
                     next_z = exchanged(p_next_tile, None)
-                    last_z = product(phi(next_z, next_low, next_high, NEXT_KIND), last_w, PRECISION)
+                    last_z = product(hidden(next_z, m_next, next_low, next_high, NEXT_KIND), last_w, PRECISION)
                     d, value = last_layer(
                         with_bias(last_z, last_bias, exists), p_target, row, exists, m_row, last_unit, m_last,
                         stride_tr, stride_tc, n_last, scale, last_low, last_high, LAST_KIND, LOSS, CLASSES,

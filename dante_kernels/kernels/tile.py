@@ -242,10 +242,16 @@ def with_bias(z, bias, exists):
 
 
 @triton.jit
-def next_product(z, next_w, low, high, KIND: tl.constexpr, PRECISION: tl.constexpr):
-    """phi(z) next_w^T over a program's units, (BLOCK_B, BLOCK_NEXT); units that are not there meet weights of 0."""
-    zeros = tl.zeros([z.shape[0], next_w.shape[0]], tl.float32)
-    return multiply_add(phi(z, low, high, KIND), tl.trans(next_w), zeros, PRECISION)
+def hidden(z, m_unit, low, high, KIND: tl.constexpr):
+    """phi(z), and 0 for units that are not there: from an infinite x their weights of 0 make a NaN."""
+    return tl.where(tl.expand_dims(m_unit, -2), phi(z, low, high, KIND), 0.0)
+
+
+@triton.jit
+def next_product(h, next_w, PRECISION: tl.constexpr):
+    """h next_w^T over a program's units, (BLOCK_B, BLOCK_NEXT)."""
+    zeros = tl.zeros([h.shape[0], next_w.shape[0]], tl.float32)
+    return multiply_add(h, tl.trans(next_w), zeros, PRECISION)
 
 
 @triton.jit
