@@ -80,7 +80,7 @@ def models() -> list[str]:
         took = plan.side_by_side(how, MODELS, most)
         programs = how.programs
         gain = MODELS * fastest.microseconds / took
-        cells = (precision, "yes" if momentum else "no", programs, most // programs, f"{took:.1f}", f"{gain:.1f}")
+        cells = (precision, "yes" if momentum else "no", programs, how.at_once(most), f"{took:.1f}", f"{gain:.1f}")
         table.append(f"| {' | '.join(map(str, cells))} |")
     how = plan.persistent(plan.Shape((784, 100, 10), 20, momentum=True), most, both=True)
     took = plan.side_by_side(how, MODELS, most)
@@ -88,7 +88,7 @@ def models() -> list[str]:
         "any, rounds of blocks",
         "yes",
         how.programs,
-        most // how.programs,
+        how.at_once(most),
         f"{took:.1f}",
         f"{MODELS * how.microseconds / took:.1f}",
     )

@@ -149,7 +149,7 @@ def _side_by_side(group: list[Call]) -> list[tuple[Tensor, Tensor]]:
             run = {"streamed": streamed.run, "fused": fused.run, "library": library.run}[choice.plan]
             jobs = [functools.partial(recorded, run, tuple(call), (call.order, call.lr), launches) for call in group]
             return [(losses, norms) for losses, norms in overlapping(one.weight, jobs, 0)]
-        at_once = _most_programs(one.weight) // choice.tiles.programs
+        at_once = choice.tiles.at_once(_most_programs(one.weight))
         results: list[tuple[Tensor, Tensor]] = []
         for first in range(0, len(group), at_once):
             models = [one_launch.model(call) for call in group[first : first + at_once]]
@@ -180,7 +180,7 @@ def sngd_blocks_(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]
     """
     weights, biases, _, _, _, schedule, batch_size, activations, loss, *_ = calls[0]
     momentum, nesterov, x_scale, relative, reset, tiles = calls[0][-6:]
-    device, at_once = weights[0].device, max(1, _most_programs(weights[0]) // tiles.programs)
+    device, at_once = weights[0].device, max(1, tiles.at_once(_most_programs(weights[0])))
     layers = chain(weights[0], biases[0], weights[1:], biases[1:], activations)
     blocks = one_launch.Blocks(schedule.to(device, non_blocking=True), relative, reset)
     models = [

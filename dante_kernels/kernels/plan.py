@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import itertools
 import os
 from typing import Any, NamedTuple
 
@@ -52,6 +51,7 @@ class Persistent(NamedTuple):
     precision: str
     one_barrier: bool  # with the Gram norm
     drawn: float  # MB that a program reads and writes in a step
+    busy: float  # microseconds of a step for which a program's instructions, and its reads of L1, keep a multiprocessor
     microseconds: float
 
     @property
@@ -59,66 +59,92 @@ class Persistent(NamedTuple):
         """How many programs a model has."""
         return self.split_out * self.split_in
 
+    def at_once(self, multiprocessors: int) -> int:
+        """How many models find room on so many multiprocessors, each of which has registers for `WARPS` warps."""
+        return multiprocessors * (WARPS // self.num_warps) // self.programs
+
     def scratch(self, batch: int) -> int:
         """Numbers in the larger of a model's exchange buffers, at most."""
         padded = -(-batch // self.rows) * self.rows
         return padded * max((self.split_in + 1) * self.units, (self.split_out + 1) * self.slices * self.next_units)
 
 
-# Registers of a thread that the tiles of one program may take, by the estimate of `_registers`. Found by compiling: with more
-# some specialization spills.
-PERSISTENT_REGISTERS = 160
+# Warps of 255 registers a thread for which a multiprocessor has room, and threads of a warp.
+WARPS, LANES = 8, 32
 
 # The form with one barrier: its most rows and units, and the inputs of a program, without momentum and with it. Found by
 # compiling: with more, with three tf32 products, for another capability than 9.0, or with less than 64 units before another
 # layer some specialization spills.
 ONE_BARRIER_ROWS, ONE_BARRIER_UNITS, ONE_BARRIER_INPUTS = 32, 128, (64, 32)
 
-# With two layers after the active one: the most units of both, (units, inputs of a warp), rows and warps. Found by compiling:
-# with more some specialization spills, and so it does with the last of these tiles before more than 128 units.
-DEEP_WIDTHS, DEEP_TILES, DEEP_ROWS, DEEP_WARPS = (256, 16), ((16, 16), (32, 16), (16, 32)), 16, 8
 
-# The largest tile: (units, inputs of a slice, slices), rows, parts of the units, warps, and the most units of the next layer.
-# Found by compiling: before more units, for bfloat16 x, and for another capability than 9.0, some specialization spills.
-WIDE_TILE, WIDE_ROWS, WIDE_PARTS, WIDE_WARPS, WIDE_NEXT = (64, 64, 4), 16, 4, 8, 16
+class Sizes(NamedTuple):
+    """A program's tile: rows at a time, units, inputs of a slice, slices, warps, and parts of the units."""
+
+    rows: int
+    units: int
+    inputs: int
+    slices: int
+    warps: int
+    parts: int = 1
+
+
+# All tiles were found by compiling: with larger ones some specialization spills. First those of one layer and at most one after
+# it, and where both of them are trained in turn.
+SHORT = tuple(Sizes(32, *tile, warps, warps) for warps in (4, 8) for tile in ((16, 16), (16, 32), (32, 16)))
+BOTH = (Sizes(16, 16, 16, 4, 4), Sizes(16, 16, 32, 4, 4), Sizes(32, 16, 32, 4, 8), Sizes(32, 32, 32, 4, 8))
+
+# For float32 and uint8 x, at most so many units of the next layer, and only where they are the whole mini-batch's rows.
+# Widened bfloat16 in a dot of 64 rows would be rounded to tf32 (`tiling._largest`).
+TALL = tuple(Sizes(64, *tile, 4, 8) for tile in ((16, 16), (16, 32), (32, 16), (32, 32)))
+TALL += tuple(Sizes(128, *tile, 4, 8) for tile in ((16, 16), (16, 32), (32, 16)))
+TALL_NEXT = 16
+
+# Likewise, but for mini-batches of any size, and for capability 9.0 alone.
+LARGE = Sizes(16, 64, 64, 4, 8, 4)
+
+# With two layers after the active one, and the most units of both.
+DEEP, DEEP_WIDTHS = (Sizes(16, 16, 32, 4, 8), Sizes(16, 32, 32, 4, 8)), (256, 16)
+
+# Instructions of a warp in a step beside its multiply-adds, as compiled for capability 9.0 with leaky ReLU and squares (tanh or
+# softmax has up to twice as many): where a mini-batch is one tile of rows, where it is several, where two layers follow; for
+# each tile those of each part of the units, of each number of X that a thread has, of each of Z before the slices' sum, and of
+# each of the next layer's; and how many times as many there are where both layers are trained.
+STEP, STEP_TILES, STEP_DEEP, TILE_PART, TILE_X, TILE_Z, TILE_NEXT, BESIDE_BOTH = 630, 950, 1750, 70, 12, 8, 70, 1.35
+
+# Likewise with one barrier: of a step, and of each number that a thread adds up.
+STEP_GRAM, GRAM_SUM = 1700, 1.55
 
 # Places in a launch's scratch are int32.
 MOST_SCRATCH = 2**31
 
 # A modelled time within this factor of the best is as good: the model is no better than that.
-NEAR = 1.15
+NEAR = 1.2
 
 # So many times what replayed blocks take alone a round in one launch may take, since there several models share the launch; and
 # whether it does must not depend on how many there are.
 SHARED = 1.2
 
 
-def _from_l2(how: Persistent, models: int, device: Device) -> float:
-    """Microseconds that the programs of so many models side by side draw from L2 in a step."""
-    return max(how.drawn / device.l2_per_multiprocessor, models * how.programs * how.drawn / device.l2)
+def _shared(how: Persistent, programs: int, multiprocessors: int, device: Device) -> float:
+    """Microseconds of a step for which so many programs keep the busiest multiprocessor, or L2: if it does them in turn."""
+    each = -(-programs // multiprocessors)
+    return each * how.busy + max(each * how.drawn / device.l2_per_multiprocessor, programs * how.drawn / device.l2)
 
 
 def side_by_side(how: Persistent, models: int, most_programs: int, device: Device = H200) -> float:
     """Microseconds of a step of so many models, in as few launches, one after the other, as there is room for."""
-    at_once = most_programs // how.programs
+    at_once = how.at_once(most_programs)
     launches = [at_once] * (models // at_once) + [models % at_once] * (models % at_once > 0)
-    alone = how.microseconds - _from_l2(how, 1, device)
-    return sum(alone + _from_l2(how, together, device) for together in launches)
+    alone = how.microseconds - _shared(how, how.programs, most_programs, device)
+    return sum(alone + _shared(how, together * how.programs, most_programs, device) for together in launches)
 
 
 def _persistent(
-    widths: tuple[int, ...],
-    batch: int,
-    units: int,
-    inputs: int,
-    slices: int,
-    device: Device,
-    rows: int = 32,
-    parts: int = 1,
-    momentum: bool = False,
+    widths: tuple[int, ...], batch: int, sizes: Sizes, device: Device, momentum: bool = False, both: bool = False
 ) -> Persistent:
+    rows, units, inputs, slices, warps, parts = sizes
     n_in, n_out, *suffix = widths
-    warps = slices if parts == 1 else WIDE_WARPS
     split_out, split_in = -(-n_out // units), -(-n_in // (slices * inputs))
     n_next, deep = suffix[0] if suffix else 0, len(suffix) == 2
     next_units = power_of_two(-(-n_next // slices) if deep else n_next, 16, 64) if suffix else 16
@@ -126,19 +152,26 @@ def _persistent(
     tiles = -(-batch // rows)
     padded, programs = tiles * rows, split_out * split_in
     again, in_l1 = 0, True
-    products = 2 * padded * slices * inputs * units + (2 * padded * units * next_units if n_next and not deep else 0)
+    threads = LANES * warps
+    numbers = TILE_X * parts * slices * inputs + TILE_Z * slices * units + TILE_NEXT * next_units * (len(suffix) == 1)
+    instructions = tiles * (TILE_PART * parts + numbers * rows / threads)
+    products = 2 * padded * slices * inputs * units
+    products += (2 + both) * padded * units * next_units if n_next and not deep else 0
     if deep:
         # Of so many rows a program adds up Z, and goes to the next layer, through the last one and back.
         own, wide = -(-tiles // split_in) * rows, slices * next_units
         products += 2 * own * wide * (units + last_units)
+        instructions += STEP_DEEP
         barriers = 2 * (split_in > 1) + 3 * (programs > 1)
         pieces = -(-padded * wide // (tiling.PIECE * programs)) * tiling.PIECE
         exchanged = (2 * slices * inputs + 2 * units) * padded + own * ((split_in + 3) * units + 2 * wide)
         exchanged += (split_out + 1) * pieces
     elif tiles == 1 and parts == 1:
+        instructions += STEP
         barriers = (split_in > 1) + (n_next > 0 and split_out > 1) + (programs > 1)
-        exchanged = (slices * inputs + (split_in > 1) * split_in * units + (split_out > 1) * split_out * n_next) * padded
+        exchanged = (slices * inputs + (split_in > 1) * split_in * units + (split_out > 1) * split_out * n_next) * batch
     else:
+        instructions += STEP_TILES
         barriers = (split_in > 1) + 2 * (programs > 1)
         exchanged = (2 * slices * inputs + 4 * units + split_out * n_next) * padded
         # Of several parts of the units all but the first read X again, from L1 if it finds room there beside the velocity.
@@ -146,18 +179,15 @@ def _persistent(
         again = 2 * (parts - 1) * slices * inputs * padded
         in_l1 = 4 * (slices * inputs * padded + kept) <= device.l1_bytes
         exchanged += 2 * kept + (0 if in_l1 else again)
-    time = barriers * (device.barrier + device.barrier_program * programs) + (tiles - 1) * device.tile
-    time += products / 1e6 / device.fma + 4 * again * in_l1 / 1e6 / device.l1
+    latency = barriers * (device.barrier + device.barrier_program * programs) + (tiles - 1) * device.tile
+    busy = (
+        products + threads * instructions * (BESIDE_BOTH if both else 1)
+    ) / 1e6 / device.fma + 4 * again * in_l1 / 1e6 / device.l1
     drawn = 4 * exchanged / 1e6
     how = Persistent(
-        rows, units, inputs, next_units, last_units, split_out, split_in, slices, parts, warps, "ieee", False, drawn, time
+        rows, units, inputs, next_units, last_units, split_out, split_in, slices, parts, warps, "ieee", False, drawn, busy, 0.0
     )
-    return how._replace(microseconds=time + _from_l2(how, 1, device))
-
-
-def _registers(tiles: Persistent, momentum: bool) -> int:
-    """Registers of a thread that the tiles of one program take, by estimate: W, G, V and a product's operands."""
-    return ((3 + momentum) * tiles.units * tiles.inputs + 2 * tiles.rows * (tiles.inputs + tiles.units)) // 32
+    return how._replace(microseconds=latency + _shared(how, programs, device.multiprocessors, device))
 
 
 def _one_barrier(
@@ -167,10 +197,14 @@ def _one_barrier(
     split_in, units = -(-n_in // inputs), power_of_two(n_out, 64 if n_next else 16, 128)
     next_units = power_of_two(n_next, 16, 64) if n_next else 16
     products = rows * (2 * inputs * units + rows * (inputs + units) + (2 * units * next_units if n_next else 0))
-    exchanged = batch * inputs + split_in * batch * (n_out + batch)
-    time = device.barrier + device.barrier_program * split_in + products / 1e6 / device.rate(precision)
-    how = Persistent(rows, units, inputs, next_units, 16, 1, split_in, 1, 1, 8, precision, True, 4 * exchanged / 1e6, time)
-    return how._replace(microseconds=time + _from_l2(how, 1, device))
+    threads = LANES * WARPS
+    instructions = STEP_GRAM + GRAM_SUM * split_in * rows * (units + rows) / threads
+    exchanged = batch * inputs + split_in * batch * (-(-n_out // 16) * 16 + rows)
+    busy = products / 1e6 / device.rate(precision) + threads * instructions / 1e6 / device.fma
+    drawn = 4 * exchanged / 1e6
+    how = Persistent(rows, units, inputs, next_units, 16, 1, split_in, 1, 1, WARPS, precision, True, drawn, busy, 0.0)
+    latency = device.barrier + device.barrier_program * split_in
+    return how._replace(microseconds=latency + _shared(how, split_in, device.multiprocessors, device))
 
 
 def persistent(
@@ -190,18 +224,14 @@ def persistent(
     n_next, batch = suffix[0] if suffix else 0, shape.batch
     if len(suffix) > 2 or (len(suffix) < 2 and n_next > (16 if both else 64)):
         return None
-    # Found by compiling: larger tiles spill. Widened bfloat16 in a dot of 64 rows would be rounded to tf32 (`tiling._largest`).
-    rows, widest = (16, (16,)) if both else (32, (16, 32, 64))
-    sizes = list(itertools.product((4, 8), widest, widest))
+    sizes = BOTH if both else SHORT
     if len(suffix) == 2:
         if n_next > DEEP_WIDTHS[0] or suffix[1] > DEEP_WIDTHS[1]:
             return None
-        rows, sizes = DEEP_ROWS, [(DEEP_WARPS, *tile) for tile in DEEP_TILES[: None if n_next <= 128 else -1]]
-    sized = [_persistent(shape.widths, batch, units, inputs, slices, device, rows) for slices, units, inputs in sizes]
-    sized = [tiles for tiles in sized if _registers(tiles, shape.momentum) <= PERSISTENT_REGISTERS]
-    narrow = shape.x_dtype == torch.bfloat16
-    if device.hopper and not both and not narrow and len(suffix) < 2 and n_next <= WIDE_NEXT:
-        sized.append(_persistent(shape.widths, batch, *WIDE_TILE, device, WIDE_ROWS, WIDE_PARTS, shape.momentum))
+        sizes = DEEP
+    elif not both and shape.x_dtype != torch.bfloat16 and n_next <= TALL_NEXT:
+        sizes += tuple(tile for tile in TALL if batch <= tile.rows) + (LARGE,) * device.hopper
+    sized = (_persistent(shape.widths, batch, tile, device, shape.momentum, both) for tile in sizes)
     fitting = [
         tiles
         for tiles in sized
@@ -217,7 +247,7 @@ def persistent(
             fitting.append(tiles)
     longest = near * min((tiles.microseconds for tiles in fitting), default=0.0)
     good = (tiles for tiles in fitting if tiles.microseconds <= longest)
-    return max(good, key=lambda t: (most_programs // t.programs, -t.microseconds, t.num_warps), default=None)
+    return max(good, key=lambda t: (t.at_once(most_programs), -t.microseconds, t.num_warps), default=None)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -319,7 +349,7 @@ def _refusal(shape: Shape, most_programs: int, device: Device) -> str:
         if persistent(large, most_programs, device._replace(hopper=True)) is not None:
             reasons[-1] += (
                 " (large tiles, which would hold W, are for float32 or uint8 x, for capability 9.0, "
-                f"and before at most one layer, of {WIDE_NEXT} units)"
+                f"and before at most one layer, of {TALL_NEXT} units)"
             )
     elif not suffix and not serves(most_programs, widths=whole, momentum=shape.momentum, loss=shape.loss):
         most = bisect.bisect(

@@ -26,6 +26,7 @@ from dante_kernels import kernels, losses
 from dante_kernels.kernels import launcher, layers, plan
 
 CAPABILITIES = (80, 90, 100)
+NOT_CHOSEN = ", not chosen"  # the end of a label, of tiles that the model does not choose for any case here
 EPILOGUES = {layers.FORWARD: "forward", layers.LAST: "last", layers.BACKWARD: "backward"}
 LEAKY, SIGMOID, TANH = [0.0, 0.01, 1.0], [1.0, 1.0, 1.0], [2.0, 1.0, 1.0]
 POINTERS = {
@@ -231,6 +232,28 @@ def run_case(widths, batch, loss, activation, precision, special) -> None:
         kernels.sngd_step_(weights[1], biases[1], torch.zeros(batch, widths[1]), target[:batch], [], [], LEAKY, code, lr)
 
 
+def run_all_tiles() -> None:
+    """Passes and rounds with each of the persistent plan's tiles, whatever the model chooses, as one tile and as several."""
+    lists = {name: getattr(plan, name) for name in ("SHORT", "TALL", "DEEP", "BOTH")}
+    kernels._most_programs = lambda tensor: 1000
+    plan.H200 = plan.H200._replace(hopper=False)  # neither large tiles nor one barrier
+    for name, tiles in lists.items():
+        for tile in tiles:
+            for other in lists:
+                setattr(plan, other, (tile,) if other == name else ())
+            plan.choose.cache_clear()
+            for batch in (tile.rows, 3 * tile.rows)[: 1 if name == "TALL" else 2]:
+                if name == "BOTH":
+                    run_blocks((784, 100, 10), batch, True, 2)
+                elif name == "DEEP":
+                    run_case((784, 100, 200, 10), batch, "cross_entropy", TANH, "highest", "uint8 momentum, two models")
+                else:
+                    run_case((784, 100, 10), batch, "cross_entropy", TANH, "highest", "uint8 momentum, two models")
+                    run_case((784, 100), batch, "mse", SIGMOID, "highest", "momentum, two models")
+                    if name == "SHORT":
+                        run_case((784, 128, 64), batch, "binary_cross_entropy", SIGMOID, "highest", "uint8 two models")
+
+
 def run_blocks(widths, batch, full, models) -> None:
     """Two layers in turn in one launch, as `fit` asks for it, or `fit_many` for several models."""
     weights = [torch.zeros(n_out, n_in) for n_in, n_out in itertools.pairwise(widths)]
@@ -246,10 +269,11 @@ def run_blocks(widths, batch, full, models) -> None:
     kernels.sngd_blocks_([call] * models)
 
 
-def resources(cubin: bytes, folder: str, persistent: bool) -> tuple[int, int, int]:
+def resources(cubin: bytes, folder: str, persistent: bool) -> dict[str, int]:
     """Of the one kernel in a cubin: registers a thread, bytes of stack, and how often its loops go to the stack.
 
     Of a persistent one that is how often a step does: the loop over its steps is the longest, and others are run once a launch.
+    Its instructions and, of them, the multiply-adds are counted, too, those of loops in a step once.
     """
     path = Path(folder) / "kernel.cubin"
     path.write_bytes(cubin)
@@ -259,21 +283,26 @@ def resources(cubin: bytes, folder: str, persistent: bool) -> tuple[int, int, in
         return subprocess.run([tool, what, path], check=True, capture_output=True, text=True).stdout
 
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage")).groups())
-    return registers, stack, spills_in_loops(dump("-sass"), persistent) if stack else 0
+    found = {"registers": registers, "stack": stack, "spills": 0, "instructions": 0, "multiply_adds": 0}
+    if stack or persistent:
+        in_loops = instructions_in_loops(dump("-sass"), persistent)
+        found["spills"] = sum(name in ("STL", "LDL") for name in in_loops)
+        if persistent:
+            found |= {"instructions": len(in_loops), "multiply_adds": in_loops.count("FFMA")}
+    return found
 
 
-def spills_in_loops(sass: str, only_the_longest: bool = False) -> int:
-    """Loads and stores of spilled registers between a backward branch and its target."""
-    accesses, loops = [], []
+def instructions_in_loops(sass: str, only_the_longest: bool = False) -> list[str]:
+    """The instructions' names between a backward branch and its target."""
+    names, loops = [], []
     for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass):
         at, target = int(address, 16), re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if re.search(r"\b(?:STL|LDL)\b", text):
-            accesses.append(at)
+        names.append((at, re.match(r"(?:@\S+\s+)?(\w+)", text)[1]))
         if target and int(target[1], 16) < at:
             loops.append((int(target[1], 16), at))
     if only_the_longest:
         loops = sorted(loops, key=lambda loop: loop[1] - loop[0])[-1:]
-    return sum(any(first <= at <= last for first, last in loops) for at in accesses)
+    return [name for at, name in names if any(first <= at <= last for first, last in loops)]
 
 
 def barriers(constexprs: dict) -> int:
@@ -309,13 +338,11 @@ def compile_one(capability, label, kernel, signature, constexprs, attributes, op
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
-    registers, stack, spills = resources(compiled.asm["cubin"], folder, label.startswith("persistent"))
     return {
         "kernel": label,
         "capability": capability,
-        "registers": registers,
-        "stack": stack,
-        "spills": spills,
+        **resources(compiled.asm["cubin"], folder, label.startswith("persistent")),
+        "warps": options["num_warps"],
         "shared": compiled.metadata.shared,
         "mma": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
         "fma": len(re.findall(r"\bfma\.rn", ptx)) + len(re.findall(r"\bfma\.rn\.f32x2", ptx)),  # two in one
@@ -326,6 +353,7 @@ def compile_one(capability, label, kernel, signature, constexprs, attributes, op
         "barriers": barriers(constexprs),
         "own_barriers": len(re.findall(r"\b(?:gpu|ttg)\.barrier\b", compiled.asm["ttir"])),
         "own_barriers_claimed": barriers_of_a_program(constexprs),
+        "constants": {k: v for k, v in constexprs.items() if type(v) in (int, bool, str)},
         "specialization": repr((signature, {k: v for k, v in constexprs.items() if not k.isupper()}, options)),
     }
 
@@ -334,7 +362,11 @@ def main() -> None:
     """Collect, compile, print."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
-    capabilities = parser.parse_args().capability or CAPABILITIES
+    parser.add_argument(
+        "--all-tiles", action="store_true", help="of the persistent plan, not only those that the model chooses"
+    )
+    given = parser.parse_args()
+    capabilities = given.capability or CAPABILITIES
     collector = Collector()
     launcher.launch = collector.launch
     kernels._most_programs = lambda tensor: 132  # as on an H200
@@ -347,6 +379,12 @@ def main() -> None:
     os.environ[plan.ENVIRONMENT_VARIABLE] = "auto"
     for blocks_case in BLOCKS_CASES:
         run_blocks(*blocks_case)
+    if given.all_tiles:
+        chosen = {*collector.found}
+        os.environ[plan.ENVIRONMENT_VARIABLE] = "persistent"
+        run_all_tiles()
+        for key in {*collector.found} - chosen:
+            collector.found[key] = (collector.found[key][0] + NOT_CHOSEN, *collector.found[key][1:])
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         found = [

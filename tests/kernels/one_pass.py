@@ -28,13 +28,14 @@ WAIT = "sense = wait(p_counter, sense)\n"
 def tiles(p: Problem, batch: int) -> plan.Persistent:
     """Tiles of 16 units and 4 x 16 inputs, so that small problems have several programs."""
     widths = (p.weight.shape[1], p.weight.shape[0], *(layer.weight.shape[0] for layer in p.suffix))
-    return plan._persistent(widths, batch, 16, 16, 4, plan.H200, rows=16 if len(p.suffix) == 2 else 32)
+    rows = 16 if len(p.suffix) == 2 else 32
+    return plan._persistent(widths, batch, plan.Sizes(rows, 16, 16, 4, 4), plan.H200)
 
 
 def wide_tiles(p: Problem, batch: int) -> plan.Persistent:
     """Tiles of 2 x 16 units and 4 x 16 inputs, updated part by part."""
     widths = (p.weight.shape[1], p.weight.shape[0], *(layer.weight.shape[0] for layer in p.suffix))
-    return plan._persistent(widths, batch, 32, 16, 4, plan.H200, rows=16, parts=2)
+    return plan._persistent(widths, batch, plan.Sizes(16, 32, 16, 4, 8, 2), plan.H200)
 
 
 def one_barrier_tiles(p: Problem, batch: int, inputs: int = 32) -> plan.Persistent:

@@ -17,7 +17,7 @@ from passes import LR, arguments_of, rule_of, truth
 from support import ACTIVATIONS, LOSSES, Problem, as_float32, make_problem
 
 from dante_kernels import kernels, losses
-from dante_kernels.kernels import barrier, one_launch, persistent, plan
+from dante_kernels.kernels import barrier, launcher, one_launch, persistent, plan
 from dante_kernels.kernels.fused import Call
 from dante_kernels.ops.layer import flatten
 
@@ -122,11 +122,45 @@ def test_unfair_schedules_give_the_same_bits(form, case, unfair):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_the_paper_s_net_with_its_28_programs():
+def test_the_paper_s_net_with_its_49_programs():
     p = make_problem(seed=8, rows=27, n_in=784, widths=(100, 10))
     how = plan.persistent(plan.Shape((784, 100, 10), 20), 132)
-    assert (how.split_out, how.split_in) == (7, 4)
+    assert (how.split_out, how.split_in) == (7, 7)
     assert_pass_is_right(p, 20, how)
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(50, plan.TALL[0]), (100, plan.TALL[-1])], ids=str)
+def test_a_mini_batch_of_many_rows_is_one_tile(batch, sizes, monkeypatch):
+    p = make_problem(seed=8, rows=2 * batch + 30, n_in=150, widths=(37, 10))
+    how = plan._persistent((150, 37, 10), batch, sizes, plan.H200)
+    whole, launch = [], launcher.launch
+    monkeypatch.setattr(launcher, "launch", lambda *a, **options: whole.append(options["ONE_TILE"]) or launch(*a, **options))
+    assert_pass_is_right(p, batch, how, momentum=0.9)
+    assert whole == [True]
+
+
+@pytest.mark.parametrize(
+    ("form", "widths", "batch"),
+    [
+        (tiles, (20, 3), 20),
+        (tiles, (20, 3), 40),
+        (tiles, (20, 18, 3), 20),
+        (one_barrier_tiles, (20, 3), 20),
+        (tiles, (20,), 20),
+    ],
+)
+@pytest.mark.parametrize("name", ["tanh", "sigmoid"])
+def test_an_infinite_x_saturates_units_and_no_others(form, widths, batch, name):
+    """Where a layer does not fill its tile, what it lacks has weights of 0, and 0 times infinity is no number."""
+    p = make_problem(seed=8, rows=40, n_in=70, widths=widths, activation=name)
+    p.x[3, 5] = float("inf")
+    *_, expected, _ = truth(p, batch, torch.float64)
+    before = p.weight.clone()
+    loss, norm = run(p, batch, form(p, batch))
+    assert loss.isfinite().all()
+    torch.testing.assert_close(loss[0], expected[0].float())
+    assert norm[0].isnan()
+    assert torch.equal(p.weight, before) == (batch == 40)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -134,7 +168,7 @@ def test_the_paper_s_net_with_its_28_programs():
 def test_the_largest_tiles(widths, momentum, request):
     if widths[0] == 3072 and not request.config.getoption("--nightly"):
         pytest.skip("40 seconds: with --nightly")
-    how = plan._persistent(widths, 20, *plan.WIDE_TILE, plan.H200, plan.WIDE_ROWS, plan.WIDE_PARTS, momentum > 0)
+    how = plan._persistent(widths, 20, plan.LARGE, plan.H200, momentum > 0)
     n_in, *rest = widths
     assert_pass_is_right(make_problem(seed=8, rows=23, n_in=n_in, widths=rest), 20, how, momentum=momentum)
 

@@ -43,7 +43,7 @@ def test_the_table_has_each_layer_s_plan_why_time_and_limit():
         assert f"layer {i}: {layer.choice.plan}, since {layer.choice.why}" in text
     assert found.layers[0].how == "9 launches a step"
     assert found.layers[0].launched == 9 * plan.H200.host_launch
-    assert found.layers[1].how == "13 x 2 programs of 16 x 256 weights"
+    assert found.layers[1].how == "7 x 4 programs of 32 x 128 weights"
     seconds = sum(layer.choice.microseconds for layer in found.layers) / 1e6
     assert found.samples_per_second == pytest.approx(20 / seconds)
     assert f"{found.samples_per_second:,.0f} samples/s, modelled" in text
@@ -64,12 +64,14 @@ def test_settings_decide_as_they_do_in_training():
 
 
 def test_how_short_blocks_run_is_explained(monkeypatch):
+    assert dk.explain(net(784, 100, 10), 20).blocks is None
+    monkeypatch.setattr(sys.modules["dante_kernels.training.explain"], "STEPS_IN_TURN", 10)
     found = dk.explain(net(784, 100, 10), 20)
     groups = f"{found.blocks.split_out} x {found.blocks.split_in} programs, {found.blocks.microseconds:.1f} us a step"
-    assert f"a round of blocks of 20 steps in turn is one launch of {groups} of either layer" in str(found)
+    assert f"a round of blocks of 10 steps in turn is one launch of {groups} of either layer" in str(found)
     replayed = "blocks of 3 steps in parallel, fit's default for classes, are replayed from CUDA graphs, each in 25 us beside"
     assert replayed in str(found)
-    for other in (net(784, 400, 10), net(784, 100, 100, 10)):
+    for other in (net(3072, 512, 10), net(784, 100, 100, 10)):
         assert "one launch of" not in str(dk.explain(other, 20))
         assert replayed in str(dk.explain(other, 20))
     frozen = net(784, 100, 10)
