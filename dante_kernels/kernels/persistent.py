@@ -82,9 +82,9 @@ def persistent(
     SLICES BLOCK_OUT BLOCK_IN numbers.
 
     With a layer after the next one (p_last_weight) it is always so, too. The next layer's weights are (SLICES, BLOCK_NEXT,
-    BLOCK_OUT) and the last one's (SLICES, BLOCK_LAST, BLOCK_NEXT), a warp for each slice of the next layer's units. Its partial
-    pre-activations are added up by all programs, PIECE at a time, with the bias; after one more barrier the program of a unit
-    group to which a tile belongs takes it through the last layer and back to D, which after a fifth barrier, with
+    BLOCK_OUT) and the last one's (SLICES, BLOCK_LAST, BLOCK_NEXT), two warps for each slice of the next layer's units. Its
+    partial pre-activations are added up by all programs, PIECE at a time, with the bias; after one more barrier the program of
+    a unit group to which a tile belongs takes it through the last layer and back to D, which after a fifth barrier, with
     SPLIT_IN > 1, the others of the group read.
 
     Every program adds up exchanged numbers in the same order. `sums` is used in turn by even and odd steps, since there may
@@ -185,7 +185,7 @@ def persistent(
     if HAS_NEXT:
         following_64 = following.to(tl.int64)
         p_next_w = of_model(p_next_weight, p_offsets, model, 7)
-        # With a layer after it (SLICES, BLOCK_NEXT, BLOCK_OUT), a warp for each slice of its units.
+        # With a layer after it (SLICES, BLOCK_NEXT, BLOCK_OUT), two warps for each slice of its units.
         p_next_w += tl.expand_dims(following_64, -1) * stride_no + unit_64 * stride_ni
         m_next_w = tl.expand_dims(m_next, -1) & m_unit
         next_w = tl.load(p_next_w, mask=m_next_w, other=0.0)
@@ -334,11 +334,12 @@ def persistent(
                     )  # fmt: skip
                     loss += value
                     next_d = through(d, last_w, PRECISION) * slope(next_z, next_low, next_high, NEXT_KIND)
+                    next_d = tl.where(tl.expand_dims(m_next, -2), next_d, 0.0)
                     back = product(next_d, tl.permute(next_w, (0, 2, 1)), PRECISION)
                     p_tile = p_z + SPLIT_IN * z_size + tile * (BLOCK_B * BLOCK_OUT) + z_tile
                     z = exchanged(p_tile, None)
-                    # Units that are not there have a `back` of 0.
-                    tl.store(p_tile, tl.where(m_row[:, None], back * slope(z, low, high, KIND), 0.0))
+                    m_z = m_row[:, None] & m_unit[None, :]
+                    tl.store(p_tile, tl.where(m_z, back * slope(z, low, high, KIND), 0.0))
                 if SPLIT_IN > 1:
                     sense = meet(p_counter, program, sense, PROGRAMS)
                 else:

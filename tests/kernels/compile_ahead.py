@@ -242,6 +242,7 @@ def run_all_tiles() -> None:
             for other in lists:
                 setattr(plan, other, (tile,) if other == name else ())
             plan.choose.cache_clear()
+            plan.blocks.cache_clear()
             for batch in (tile.rows, 3 * tile.rows)[: 1 if name == "TALL" else 2]:
                 if name == "BOTH":
                     run_blocks((784, 100, 10), batch, True, 2)

@@ -163,6 +163,17 @@ def test_an_infinite_x_saturates_units_and_no_others(form, widths, batch, name):
     assert torch.equal(p.weight, before) == (batch == 40)
 
 
+def test_a_hidden_unit_beyond_float32_saturates_the_next_layer_and_no_more():
+    p = make_problem(seed=8, rows=20, n_in=20, widths=(15, 12, 3), activation="relu")
+    p.suffix[0] = p.suffix[0]._replace(activation=ACTIVATIONS["tanh"])
+    p.x[3], p.weight[0] = 1e20, 1e30
+    *_, expected, expected_norm = truth(p, 20, torch.float32)
+    loss, norm = run(p, 20, tiles(p, 20))
+    assert norm.isfinite().all()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(norm, expected_norm)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("widths", [(600, 130, 10), (3072, 512, 10)], ids=str)
 def test_the_largest_tiles(widths, momentum, request):
