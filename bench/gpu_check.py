@@ -223,27 +223,29 @@ def check_short_blocks_and_models(device: torch.device, few: bool) -> str:
     n_in, rows = (20, 40) if few else (784, 400)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(rows, n_in, generator=generator), torch.randint(0, 10, (rows,), generator=generator)
-    settings = {"schedule": dk.RoundRobin(rounds=2, inner_epochs=1, inner_steps=2), "relative_lr": True, "batch_size": 20}
+    rules = ({"lr": 0.02}, {"lr": 0.02, "momentum": 0.9}, {"lr": 0.02, "momentum": 0.9, "direction": "nesterov"})
 
     def fresh(seed: int) -> torch.nn.Sequential:
         return net(n_in, 10 if few else 100, 10, seed=seed)  # tanh, which has no kink for a rounding to fall on either side of
 
-    for rule in ({"lr": 0.02}, {"lr": 0.02, "momentum": 0.9}, {"lr": 0.02, "momentum": 0.9, "direction": "nesterov"}):
+    for rule, parallel in itertools.product(rules, (False, True)):
+        schedule = dk.RoundRobin(rounds=2, inner_epochs=1, inner_steps=2, parallel=parallel)
+        settings = {"schedule": schedule, "relative_lr": True, "batch_size": 20}
         trained = []
         for where, dtype, backend in (("cpu", torch.float64, "reference"), ("cpu", torch.float32, "reference"),
                                       (device, torch.float32, "triton")):  # fmt: skip
             model = fresh(0).to(where, dtype)
             dk.fit(model, x.to(where, dtype), y.to(where), backend=backend, shuffle=False, **rule, **settings)
             trained.append(weights(model).cpu())
-        assert_error_rule(f"{rule}", trained[2], trained[1], trained[0])
+        assert_error_rule(f"{rule}, parallel {parallel}", trained[2], trained[1], trained[0])
         alone, together = ([fresh(seed).to(device) for seed in range(3)] for _ in range(2))
         rates = [0.01, 0.02, 0.03]
         for model, lr in zip(alone, rates, strict=True):
             dk.fit(model, x.to(device), y.to(device), backend="triton", **rule | {"lr": lr}, **settings)
         dk.fit_many(together, x.to(device), y.to(device), backend="triton", **rule | {"lr": rates}, **settings)
         for i, (one, other) in enumerate(zip(alone, together, strict=True)):
-            assert torch.equal(weights(one), weights(other)), f"{rule}: model {i}"
-    return "3 rules"
+            assert torch.equal(weights(one), weights(other)), f"{rule}, parallel {parallel}: model {i}"
+    return "3 rules, in turn and in parallel"
 
 
 def check_recorded_blocks(device: torch.device, few: bool) -> str:
@@ -256,9 +258,9 @@ def check_recorded_blocks(device: torch.device, few: bool) -> str:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(rows, n_in, generator=generator), torch.randint(0, 10, (rows,), generator=generator)
     steps = {"lr": 0.02, "relative_lr": True, "momentum": 0.9, "direction": "nesterov", "max_norm": 0.6, "batch_size": 20}
-    short = dk.RoundRobin(rounds=2 if few else 4, inner_epochs=1, inner_steps=1 if few else 5)
+    turns = {"rounds": 2 if few else 4, "inner_epochs": 1, "inner_steps": 1 if few else 5}
     for name in ("auto", "fused", "streamed", "library"):
-        trained = []
+        short, trained = dk.RoundRobin(**turns, parallel=name in ("auto", "streamed")), []
         for switch in ("0", "1"):
             model = net(n_in, 30, 20, 10, seed=0).to(device)
             with chosen_plan(name, graphs=switch):

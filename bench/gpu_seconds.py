@@ -96,7 +96,7 @@ def microseconds(net: str, method: str, precision: str) -> float:
     if whole is not None:  # a round is one launch
         return len(shapes) * whole.microseconds
     steps = [plan.choose(shape, plan.H200, plan.H200.multiprocessors).microseconds for shape in shapes]
-    return sum(steps) + len(steps) * plan.H200.block / BLOCK
+    return sum(steps) + len(steps) * cost.block(shapes[0], BLOCK, plan.H200) / BLOCK
 
 
 def table(rows: list[Row]) -> str:

@@ -76,13 +76,21 @@ def _choice(weights: list[Tensor], bias: bool, rows: int, x_dtype: torch.dtype, 
     return plan.choose(shape, plan.device_of(weights[0].device), _most_programs(weights[0]), plan.wanted_plan())
 
 
-def layer_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: list[float], x_scale: float = 1.0) -> Tensor:
-    """h = phi(x W^T + bias), (rows, n_out) contiguous; a row's bits do not depend on the rows beside it."""
+def layer_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: list[float],
+    x_scale: float = 1.0,
+    order: Tensor | None = None,
+) -> Tensor:
+    """h = phi(x W^T + bias) of the rows in `order`, or all, contiguous; a row's bits do not depend on the rows beside it."""
     kind, low, high = activation
-    out = torch.empty((x.shape[0], weight.shape[0]), dtype=weight.dtype, device=weight.device)
-    if x.shape[0]:
+    rows = x.shape[0] if order is None else order.shape[0]
+    out = torch.empty((rows, weight.shape[0]), dtype=weight.dtype, device=weight.device)
+    if rows:
         with _on_device_of(weight):
-            forward(x, Layer(weight, bias, int(kind), low, high), out, x_scale)
+            forward(x, Layer(weight, bias, int(kind), low, high), out, x_scale, order)
     return out
 
 
@@ -170,19 +178,20 @@ def blocks_tiles(widths: list[int], batch_size: int, loss: int, momentum: bool, 
 
 
 def sngd_blocks_(calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
-    """Blocks of two layers in turn, in place: (losses, norms) of each model, one of each a step.
+    """Blocks of two layers in one launch, in place: (losses, norms) of each model, one of each a step.
 
     Of `calls`, alike in everything but their tensors' addresses and values, as many share a launch as there is room for. Each
     is (weights, biases, x, target, order, schedule, batch_size, activations, loss, lr, velocities of weights and of biases,
-    momentum, nesterov, x_scale, relative, reset, tiles): `schedule` (steps, 4), equal for all, holds each step's first
+    momentum, nesterov, x_scale, relative, reset, cycle, tiles): `schedule` (steps, 4), equal for all, holds each step's first
     position in `order`, its number of rows (at most `batch_size`), its active layer and its block; `lr` (blocks,) the
-    blocks' rates; the rest is as for `sngd_epoch_`, of both layers.
+    blocks' rates. Where `cycle` is not 0, blocks are in parallel, and of the two of a cycle the last layer's must come first.
+    The rest is as for `sngd_epoch_`, of both layers.
     """
     weights, biases, _, _, _, schedule, batch_size, activations, loss, *_ = calls[0]
-    momentum, nesterov, x_scale, relative, reset, tiles = calls[0][-6:]
+    momentum, nesterov, x_scale, relative, reset, cycle, tiles = calls[0][-7:]
     device, at_once = weights[0].device, max(1, tiles.at_once(_most_programs(weights[0])))
     layers = chain(weights[0], biases[0], weights[1:], biases[1:], activations)
-    blocks = one_launch.Blocks(schedule.to(device, non_blocking=True), relative, reset)
+    blocks = one_launch.Blocks(schedule.to(device, non_blocking=True), relative, reset, cycle > 0)
     models = [
         one_launch.Model(w[0], b[0], v[0], vb[0], x, target, order, w[1], b[1], v[1], vb[1], lr, None, None)
         for w, b, x, target, order, _, _, _, _, lr, v, vb, *_ in calls

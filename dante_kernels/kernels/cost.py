@@ -7,6 +7,7 @@ once, from L2 where all that a step touches fits there, else from memory. Nothin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
@@ -27,7 +28,7 @@ class Device(NamedTuple):
     barrier: float = 0.7  # microseconds of a grid barrier of few programs
     barrier_program: float = 0.0035  # and of each program more
     tile: float = 0.5  # microseconds of latency that each further tile of rows adds to a step of the persistent plan
-    block: float = 25.0  # microseconds that a block costs beside its steps: prefix product, rows, launches, W in and out
+    in_and_out: float = 1.5  # microseconds of latency until a block's pass has its layer, and until the layer is back
     launch: float = 1.3  # microseconds of a launch that waits for the one before it, in a CUDA graph
     host_launch: float = 5.5  # microseconds of one from Python without a graph
     l2_per_multiprocessor: float = 0.12  # MB a microsecond that one multiprocessor reads from L2
@@ -139,6 +140,29 @@ def fused(shape: Shape, device: Device) -> Cost:
     gradient = _product(n_out, n_in, batch, how)
     launches += [gradient, _update(shape, gradient.programs)]
     return _total(launches, _working_set(shape, 3 if shape.momentum else 2), device)
+
+
+# Launches that short blocks of all layers, one each, have together beside their passes and the products before these: step
+# lengths relative to the layers' norms (`ops.blocks.relative_lengths`), and copies of layers where blocks are in parallel.
+CYCLE_LAUNCHES = 8
+
+
+def block(shape: Shape, steps: float, device: Device) -> float:
+    """Microseconds that short blocks of `steps` steps have beside their steps where they are replayed, a layer's on average.
+
+    `shape` is that of a pass of the first layer. What is added up is what the other layers of a cycle share, what the frozen
+    layers before make of a block's rows, and the launch of its pass, with its layer and the velocity in and out.
+    """
+    layers, rows = list(pairwise(shape.widths)), math.ceil(steps * shape.batch)
+    total = CYCLE_LAUNCHES * device.launch
+    for i, (n_in, n_out) in enumerate(layers):
+        before = [
+            _product(rows, n, k, tiling.forward_product(n, k, shape.precision), 4 if j else shape.x_dtype.itemsize)
+            for j, (k, n) in enumerate(layers[:i])
+        ]
+        whole_layer = _elementwise((4 if shape.momentum else 2) * n_in * n_out, device)
+        total += _total([*before, whole_layer], 0.0, device).microseconds + device.in_and_out
+    return total / len(layers)
 
 
 def _wide_softmax(shape: Shape) -> list[Launch]:

@@ -104,15 +104,15 @@ def stride_of(vector: Tensor | None) -> int:
     return 0 if vector is None else vector.stride(0)
 
 
-def forward(x: Tensor, layer: Layer, out: Tensor, x_scale: float = 1.0) -> None:
-    """out <- phi(x W^T + bias), out (rows, n_out) contiguous."""
-    rows = x.shape[0]
-    tiles = tiling.forward_product(layer.n_out, layer.n_in, x.dtype)
+def forward(x: Tensor, layer: Layer, out: Tensor, x_scale: float = 1.0, order: Tensor | None = None) -> None:
+    """out <- phi(x W^T + bias) of x's rows in `order`, or all; out (rows, n_out) contiguous."""
+    rows = out.shape[0]
+    tiles = tiling.forward_product(layer.n_out, layer.n_in)
     launcher.launch(
         layers.product, (ceil(rows, tiles.rows), ceil(layer.n_out, tiles.columns)),
-        x, layer.weight, layer.bias, out, None, None, None, None, None,
-        0, rows, rows, layer.n_out, layer.n_in, 0,
-        *x.stride(), layer.weight.stride(1), layer.weight.stride(0), stride_of(layer.bias), 0, 0, 0,
+        x, layer.weight, layer.bias, out, None, None, None, order, None,
+        0, rows, x.shape[0], layer.n_out, layer.n_in, 0,
+        *x.stride(), layer.weight.stride(1), layer.weight.stride(0), stride_of(layer.bias), stride_of(order), 0, 0,
         layer.low, layer.high, 1.0, x_scale,
         EPILOGUE=layers.FORWARD, KIND=layer.kind, LOSS=0, CLASSES=False, FROM_X=True, PRECISION=tiles.precision,
         BLOCK_B=tiles.rows, BLOCK_OUT=tiles.columns, BLOCK_IN=tiles.inner,

@@ -1,4 +1,4 @@
-"""What one launch of the persistent kernel is given: models side by side, each a pass or blocks of two layers in turn."""
+"""What one launch of the persistent kernel is given: models side by side, each a pass or blocks of two layers."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ class Model(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Blocks of both layers in turn: `schedule` (steps, 4) as the kernel reads it, and how a block's step length is made."""
+    """Blocks of both layers: `schedule` (steps, 4) as the kernel reads it, and what the kernel's names say in capitals."""
 
     schedule: Tensor
     relative: bool
     reset: bool
+    parallel: bool
 
 
 def model(call: Call) -> Model:
@@ -120,7 +121,7 @@ def run(
         last.low if last else 0.0, last.high if last else 0.0, momentum, x_scale,
         KIND=active.kind, NEXT_KIND=following.kind if following else 0, LAST_KIND=last.kind if last else 0, LOSS=loss,
         CLASSES=one.target.dim() == 1, NESTEROV=nesterov, RELATIVE=blocks is not None and blocks.relative,
-        RESET=blocks is not None and blocks.reset,
+        RESET=blocks is not None and blocks.reset, PARALLEL=blocks is not None and blocks.parallel,
         PRECISION=tiles.precision, SPLIT_OUT=tiles.split_out, SPLIT_IN=tiles.split_in, SLICES=tiles.slices, PARTS=tiles.parts,
         ONE_TILE=one_tile, ONE_BARRIER=tiles.one_barrier,
         BLOCK_B=tiles.rows, BLOCK_OUT=tiles.units, BLOCK_IN=tiles.inputs, BLOCK_NEXT=tiles.next_units,

@@ -17,6 +17,7 @@ from .tile import (
     gradient_of_part,
     gram_squares,
     hidden,
+    in_parallel,
     kept_part,
     last_layer,
     load_parts,
@@ -53,7 +54,7 @@ def persistent(
     stride_lo, stride_li, stride_lbias,
     low, high, next_low, next_high, last_low, last_high, momentum, x_scale,
     KIND: tl.constexpr, NEXT_KIND: tl.constexpr, LAST_KIND: tl.constexpr, LOSS: tl.constexpr, CLASSES: tl.constexpr,
-    NESTEROV: tl.constexpr, RELATIVE: tl.constexpr, RESET: tl.constexpr,
+    NESTEROV: tl.constexpr, RELATIVE: tl.constexpr, RESET: tl.constexpr, PARALLEL: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT_OUT: tl.constexpr, SPLIT_IN: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
     ONE_TILE: tl.constexpr, ONE_BARRIER: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
     BLOCK_NEXT: tl.constexpr, BLOCK_LAST: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr,
@@ -97,8 +98,9 @@ def persistent(
 
     With `schedule` (steps, 4) int64 a step's row holds (first position, number of rows, active layer, block): both layers
     take their turns, each block with its rate lr[block], which is first multiplied, in memory too, by the layer's Frobenius
-    norm at the block's start where RELATIVE, and from zero velocity where RESET. With `offsets` (models, POINTERS) int64
-    the first POINTERS pointers of each model lie that many elements after those of the call.
+    norm at the block's start where RELATIVE, and from zero velocity where RESET. Where PARALLEL, a cycle is a block of the
+    last layer and then one of the hidden layer, which sees the last layer as it was before the cycle. With `offsets` (models,
+    POINTERS) int64 the first POINTERS pointers of each model lie that many elements after those of the call.
 
     x, target, order, strides, the loss and bad rows as in `layers.product`; for the cross-entropy an active last layer must lie
     whole in one program (SPLIT_OUT = 1). Loss and norm of step t to losses[t] and norms[t]. Where a norm is zero or not finite,
@@ -221,6 +223,9 @@ def persistent(
         sense = tl.load(p_counter, volatile=True)
     lr = tl.load(p_lr)
     current = tl.full([], -1, tl.int32)
+    acted = tl.zeros([], tl.int32)
+    other_w = next_w
+    other_bias = next_bias
     first, count, layer, block = mini_batch(p_schedule, 0, steps, rows, batch)
     if ONE_TILE:
         row, exists, m_row = rows_of(p_order, stride_order, first, count, 0, x_rows, BLOCK_B)
@@ -237,6 +242,10 @@ def persistent(
         if ROUNDS:
             if block != current:
                 current = block
+                if PARALLEL:
+                    # A copy of it: as it was before the cycle, or, while the steps work with that, as it is now.
+                    next_w, other_w = in_parallel(next_w, other_w, acted, layer)
+                    next_bias, other_bias = in_parallel(next_bias, other_bias, acted, layer)
                 lr = tl.load(p_lr + block)
                 if RELATIVE:
                     squares = squares_of(w, bias, input_group == 0, p_bias is not None)
@@ -496,6 +505,9 @@ def persistent(
             if MOMENTUM:
                 tl.store(of_model(p_velocity_bias, p_offsets, again, 3) + unit_64 * stride_vbias, v_bias, mask=m_unit)
     if ROUNDS:
+        if PARALLEL:
+            next_w = tl.where(acted == 0, other_w, next_w)
+            next_bias = tl.where(acted == 0, other_bias, next_bias)
         m_next_w = m_next[:, None] & m_unit[None, :] & (input_group == 0)
         p_next_w = of_model(p_next_weight, p_offsets, again, 7)
         p_next_w += following.to(tl.int64)[:, None] * stride_no + unit_64[None, :] * stride_ni

@@ -252,7 +252,7 @@ def persistent(
 
 @functools.lru_cache(maxsize=1024)
 def blocks(shape: Shape, steps: float, most_programs: int, device: Device = H200, wanted: str = "auto") -> Persistent | None:
-    """The tiles with which blocks of `steps` steps, of two layers in turn, run in one launch; None where that is far slower.
+    """The tiles with which blocks of `steps` steps, of two layers, run in one launch; None where that is far slower.
 
     `shape` is that of a pass of the first layer; the second one's input is float32 whatever x is. With `wanted` "persistent"
     they run so wherever they can.
@@ -267,7 +267,7 @@ def blocks(shape: Shape, steps: float, most_programs: int, device: Device = H200
     alone = [persistent(one, most_programs, device) for one in (shape, last)]
     if both is None or None in alone or wanted == "persistent":
         return both
-    in_turn = steps * sum(tiles.microseconds for tiles in alone if tiles) + 2 * device.block
+    in_turn = steps * sum(tiles.microseconds for tiles in alone if tiles) + 2 * cost.block(shape, steps, device)
     return both if 2 * steps * both.microseconds < SHARED * in_turn else None
 
 

@@ -56,6 +56,17 @@ def mini_batch(p_schedule, step, steps, rows, batch):
 
 
 @triton.jit
+def in_parallel(seen, other, acted, layer):
+    """Of the last layer's two versions the one that a block of `layer` works with, after one of `acted`, and the other one.
+
+    They are the newest, which its own block moves, and the one before that block, which the hidden layer's block, the last of
+    a cycle, sees.
+    """
+    newest = tl.where(acted == 0, other, seen)
+    return tl.where(layer == 0, other, newest), tl.where(layer == 0, newest, other)
+
+
+@triton.jit
 def rows_of(p_order, stride_order, first, count, tile, x_rows, BLOCK_B: tl.constexpr):
     """Of a mini-batch's tile of rows: source rows, which of them exist, and which belong to the mini-batch."""
     position = tile * BLOCK_B + tl.arange(0, BLOCK_B)

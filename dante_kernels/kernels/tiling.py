@@ -67,13 +67,14 @@ def step_product(n_out: int, n_in: int, switch: str | None = None) -> Tiles:
     return Tiles(16, power_of_two(n_out, 16, 32), 32 if precision == "ieee" else 64, precision, 4, 3)
 
 
-def forward_product(n_out: int, n_in: int, x_dtype: torch.dtype) -> Tiles:
-    """Tiles of `layer_forward`, which mostly sees many rows at once."""
-    precision = _precision(n_out * n_in >= LARGE_WEIGHT, None)
-    largest = _largest(64, precision, x_dtype)
-    return Tiles(
-        largest, power_of_two(n_out, 16, largest), 16 if precision == "ieee" else 32, precision, _warps(largest, precision), 3
-    )
+def forward_product(n_out: int, n_in: int, switch: str | None = None) -> Tiles:
+    """Tiles of `layer_forward`, which sees all rows of a pass or those of a short block, 60 and more.
+
+    Larger float32 ones would draw less from L2 where there are many rows, and leave most of a GPU idle where there are few.
+    """
+    precision = _precision(n_out * n_in >= LARGE_WEIGHT, switch)
+    largest, inner = (32, 16) if precision == "ieee" else (64, 32)
+    return Tiles(largest, power_of_two(n_out, 16, largest), inner, precision, 4, 3)
 
 
 def gradient_product(n_out: int, n_in: int, x_dtype: torch.dtype, switch: str | None = None) -> Tiles:

@@ -1,4 +1,4 @@
-"""Blocks of several layers in turn in one call: one launch of a kernel, or launches that are recorded once and replayed."""
+"""Blocks of several layers in one call: one launch of a kernel, or launches that are recorded once and replayed."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Velocity(NamedTuple):
 
 
 class Launcher(NamedTuple):
-    """How a `Round` runs: by a backend's kernel for whole rounds, with these tiles; or, without them, recorded and replayed."""
+    """How a `Round` runs: in one launch of a backend's kernel, with these tiles; or, without them, recorded and replayed."""
 
     serving: Any
     tiles: Any
 
     @property
     def whole(self) -> bool:
-        """Whether a round of any length is one launch."""
+        """Whether blocks, however many, are one launch."""
         return self.tiles is not None
 
 
@@ -60,17 +60,17 @@ def block_launcher(
     momentum: bool,
     steps: float,
     backend: str,
-    all_in_turn: bool,
+    every_layer: bool,
 ) -> Launcher | None:
     """What runs blocks of about `steps` steps; None where the backend has nothing for them.
 
-    `all_in_turn` says that every layer has its blocks, one after the other, as a kernel for whole rounds demands.
+    `every_layer` says that every layer has its blocks, as the kernel for all of them demands.
     """
     weight = layers[0].weight
     serving = backends.module(backends.serving(backend, weight.device, weight.dtype))
     if not hasattr(serving, "sngd_blocks_"):
         return None
-    if len(layers) != 2 or not all_in_turn:
+    if len(layers) != 2 or not every_layer:
         return Launcher(serving, None)
     widths = [weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
     return Launcher(serving, serving.blocks_tiles(widths, min(batch_size, x.shape[0]), losses.code(loss), momentum, steps, x))
@@ -94,24 +94,33 @@ def check_plans(
 
 
 def launches_of_step(layers: int) -> int:
-    """How many launches a step takes at most, in a net of so many layers; a block has about a dozen beside its steps."""
+    """How many launches a step takes at most, in a net of so many layers; a block has some more beside its steps."""
     return 4 * layers + 3
 
 
-def step_length(rate: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The rate times the layer's Frobenius norm; the rate itself where that is 0, from which no relative step leads away."""
-    parts = [weight] if bias is None else [weight, bias]
-    norm = torch.stack([torch.linalg.vector_norm(part) for part in parts]).norm()
-    return rate * norm.masked_fill(norm == 0, 1.0)
+def relative_lengths(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """What a relative rate of each layer is multiplied by, (layers,): its Frobenius norm.
+
+    Where that is 0, from which no relative step leads away, 1. The bits are each layer's own. On a GPU these are six launches,
+    however many layers there are.
+    """
+    nothing = weights[0].new_zeros(1) if any(bias is None for bias in biases) else weights[0]
+    parts = [part for weight, bias in zip(weights, biases, strict=True) for part in (weight, nothing if bias is None else bias)]
+    norms = torch.hypot(*torch.stack(torch._foreach_norm(parts)).view(-1, 2).unbind(1))
+    return torch.nn.functional.threshold(norms, 0.0, 1.0)
 
 
-def _in_one_order(blocks: Sequence[Block], x: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """The orders of all blocks as one, and the table of their steps, (steps, 4): first place in it, rows, layer and block."""
+def _in_one_order(blocks: Sequence[Block], x: Tensor, batch_size: int, cycle: int) -> tuple[Tensor, Tensor]:
+    """The orders of all blocks as one, and the table of their steps, (steps, 4): first place in it, rows, layer and block.
+
+    Of each cycle the last layer's block comes first: so, of what a block in parallel must see as it was, the kernel keeps the
+    smaller layer.
+    """
     offsets: dict[int, int] = {}
     orders: list[Tensor] = []
     pieces: list[tuple[int, int, int, int]] = []
     end = 0
-    for i, block in enumerate(blocks):
+    for i, block in sorted(enumerate(blocks), key=lambda each: (each[0] // cycle, -each[1].layer) if cycle else each[0]):
         for order, start, stop in block.rows:
             if id(order) not in offsets:
                 offsets[id(order)] = end
@@ -148,37 +157,87 @@ def _apart(
     cycle: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, norms, lengths): blocks by a backend's operators; `pieces` as from `_rows_of`."""
+    numbers = _numbers(pieces)
+    turns = [*{block: layer for *_, layer, block in numbers}.values()]
     results: list[tuple[Tensor, Tensor]] = []
     lengths: list[Tensor] = []
-    seen, seen_biases = list(weights), list(biases)
-    for start, stop, layer, block in _numbers(pieces):
-        weight, bias = weights[layer], biases[layer]
-        velocity = velocity_weights[layer], velocity_biases[layer]
+    begun = 0
+    # A row for each block, so that each one's length lies aligned as if it were alone.
+    rates = rates[:, None].expand(-1, 4).contiguous()
+    classes = target[rows] if target.dim() == 1 else None
+    seen, seen_biases = weights, biases
+    for start, stop, layer, block in numbers:
         if block == len(lengths):
+            # No layer changes before its own block, so all that blocks of different layers need of them is made at once.
+            coming = _until_one_repeats(turns[block:])
             if cycle:
-                if block % cycle == 0:
-                    seen, seen_biases = list(weights), list(biases)
-                seen[layer], seen_biases[layer] = weight.clone(), None if bias is None else bias.clone()
+                seen, seen_biases = _with_copies(coming[:-1], weights, biases)
+            of_blocks = rates[block : block + len(coming)]
+            if relative:
+                of_blocks = of_blocks * relative_lengths([weights[i] for i in coming], [biases[i] for i in coming])[:, None]
+            lengths += of_blocks[:, 0].unbind()
+        velocity = velocity_weights[layer], velocity_biases[layer]
+        if block == begun:
+            begun += 1
             if reset:
                 for part in velocity:
                     if part is not None:
                         part.zero_()
-            lengths.append(step_length(rates[block], weight, bias) if relative else rates[block].clone())
         chosen = rows[start:stop]
-        h, t, order, scale = x, target, None if layer else chosen, x_scale
+        h, t, scale = x, target, x_scale
+        order: Tensor | None = chosen
         if layer:
-            h, t = x[chosen], target[chosen]
+            t = target[chosen] if classes is None else classes[start:stop]
             for i in range(layer):
-                h = serving.layer_forward(h, seen[i], seen_biases[i], activations[3 * i : 3 * i + 3], scale)
-                scale = 1.0
+                h = serving.layer_forward(h, seen[i], seen_biases[i], activations[3 * i : 3 * i + 3], scale, order)
+                order, scale = None, 1.0
         after = seen[layer + 1 :], seen_biases[layer + 1 :], activations[3 * layer :], loss
         results.append(
             serving.sngd_epoch_(
-                weight, bias, h, t, order, batch_size, *after, lengths[block], *velocity, momentum, nesterov, scale
+                weights[layer],
+                biases[layer],
+                h,
+                t,
+                order,
+                batch_size,
+                *after,
+                lengths[block],
+                *velocity,
+                momentum,
+                nesterov,
+                scale,
             )
         )
     every_loss, every_norm = (torch.cat(part) for part in zip(*results, strict=True))
     return every_loss, every_norm, torch.stack(lengths)
+
+
+def _until_one_repeats(layers: Sequence[int]) -> list[int]:
+    """The first of these, as many as are different."""
+    found: list[int] = []
+    for layer in layers:
+        if layer in found:
+            break
+        found.append(layer)
+    return found
+
+
+def _with_copies(
+    copied: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """All weights and biases, with copies in place of some layers' own, on a GPU in one launch."""
+    seen, seen_biases = list(weights), list(biases)
+    copies: list[Tensor] = []
+    originals: list[Tensor] = []
+    for i in copied:
+        for own, part in ((seen, weights[i]), (seen_biases, biases[i])):
+            if part is not None:
+                own[i] = copy = torch.empty_like(part)
+                copies.append(copy)
+                originals.append(part)
+    if copies:
+        torch._foreach_copy_(copies, originals)
+    return seen, seen_biases
 
 
 def _rows_of(blocks: Sequence[Block], x: Tensor, batch_size: int) -> tuple[Tensor, bytes]:
@@ -200,12 +259,12 @@ def _numbers(pieces: bytes) -> list[list[int]]:
 
 
 class Round(NamedTuple):
-    """Blocks of the layers in turn, in one call: what `layer_forward` and `sngd_epoch_` do block by block; in one launch up to
+    """Blocks of several layers in one call: what `layer_forward` and `sngd_epoch_` do block by block; in one launch up to
     rounding, since there the hidden layer's activations are computed anew in every step.
 
     `launcher` is that of `block_launcher`; with `relative_lr` a block's steps are its rate times the Frobenius norm of its
-    layer at the block's start; with `reset_momentum` a block starts from zero velocity. With `cycle` above 0, only where it is
-    recorded, a block sees the other layers as they were before the first of its cycle of so many blocks. The rest is as in
+    layer at the block's start; with `reset_momentum` a block starts from zero velocity. With `cycle` above 0 a block sees the
+    other layers as they were before the first of its cycle of so many blocks, each of another layer. The rest is as in
     `sngd_epoch_`.
     """
 
@@ -231,14 +290,15 @@ class Round(NamedTuple):
         code = losses.code(self.loss)
         checks.problem(weight, bias, self.x, self.target, weights, biases, numbers, code, self.x_scale)
         batch_size = min(self.batch_size, self.x.shape[0])  # as the tiles were chosen
-        order, table = (_in_one_order if self.launcher.whole else _rows_of)(self.blocks, self.x, batch_size)
+        of_blocks = functools.partial(_in_one_order, cycle=self.cycle) if self.launcher.whole else _rows_of
+        order, table = of_blocks(self.blocks, self.x, batch_size)
         lengths = torch.tensor([block.lr for block in self.blocks], dtype=weight.dtype).to(weight.device, non_blocking=True)
         for layer, velocity in zip(self.layers, self.velocities, strict=True):
             checks.update(*layer[:2], lengths[0], *velocity, self.momentum, self.nesterov)
         return (
             [weight, *weights], [bias, *biases], self.x, self.target, order, table, batch_size, numbers, code, lengths,
             [v.weight for v in self.velocities], [v.bias for v in self.velocities], self.momentum, self.nesterov,
-            self.x_scale, self.relative_lr, self.reset_momentum, *([] if self.launcher.whole else [self.cycle]),
+            self.x_scale, self.relative_lr, self.reset_momentum, self.cycle,
         )  # fmt: skip
 
     @property
@@ -281,6 +341,9 @@ def sngd_blocks_(rounds: Sequence[Round]) -> list[tuple[Tensor, Tensor, Tensor] 
             except Exception as error:
                 results.update(dict.fromkeys(members, error))
             else:
+                if rounds[members[0]].cycle:
+                    places = calls[members[0]][TABLE][:, -1].argsort(stable=True).to(done[0][0].device, non_blocking=True)
+                    done = [(losses_[places], norms[places]) for losses_, norms in done]
                 results.update((i, (*made, calls[i][LENGTHS])) for i, made in zip(members, done, strict=True))
                 registration.count_up(t for i in members for t in rounds[i].changed)
     return [results[i] for i in range(len(rounds))]

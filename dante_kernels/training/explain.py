@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -46,6 +46,17 @@ class LayerPlan:
         return f"{tiles.split_out} x {tiles.split_in} programs of {tiles.units} x {tiles.slices * tiles.inputs} weights"
 
 
+class Blocks(NamedTuple):
+    """Short blocks of so many steps: the tiles with which `fit` runs a round of them in one launch; None where it does not.
+
+    ``beside`` is what one takes beside its steps where they are replayed, a layer's on average: microseconds, modelled.
+    """
+
+    steps: int
+    tiles: plan.Persistent | None
+    beside: float
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found; as a string, the table.
@@ -54,18 +65,17 @@ class Explanation:
         layers: a `LayerPlan` for each layer.
         samples_per_second: rows of a mini-batch over the modelled time of one step on every trained layer; None where
             nothing is trained. Modelled, not measured.
-        blocks: the tiles with which `fit` runs a round of blocks of 20 steps in turn in one launch; None where it does not.
+        parallel, in_turn: `Blocks` of 3 steps in parallel, `fit`'s default for classes, and of 20 in turn.
         replayed: whether passes and short blocks that are not one launch are replayed as CUDA graphs.
-        block: microseconds that such a block takes beside its steps, by the model.
 
     A plan's limit is what most of its step is spent on; the persistent plan's is what would save the most if it took no time.
     """
 
     layers: tuple[LayerPlan, ...]
     samples_per_second: float | None
-    blocks: plan.Persistent | None
+    parallel: Blocks
+    in_turn: Blocks
     replayed: bool
-    block: float
     heading: str
     served_by: str
 
@@ -85,17 +95,21 @@ class Explanation:
         rate = []
         if self.samples_per_second is not None:
             rate = [f"a round, one pass of each layer without its prefix: {self.samples_per_second:,.0f} samples/s, modelled"]
-        if self.blocks is not None:
-            groups = f"{self.blocks.split_out} x {self.blocks.split_in} programs, {self.blocks.microseconds:.1f} us a step"
-            rate.append(f"a round of blocks of {STEPS_IN_TURN} steps in turn is one launch of {groups} of either layer")
-        if rate and self.replayed:
-            rate.append(
-                f"blocks of {INNER_STEPS} steps in parallel, fit's default for classes, are replayed from CUDA graphs, "
-                f"each in {self.block:.0f} us beside its steps"
-            )
+            rate.append(self._of_blocks("in parallel, fit's default for classes,", self.parallel))
+            rate.append(self._of_blocks("in turn", self.in_turn))
         return "\n".join([self.heading, "", *table, "", *reasons, *rate, self.served_by])
 
     __repr__ = __str__
+
+    def _of_blocks(self, kind: str, blocks: Blocks) -> str:
+        """How a round of short blocks runs."""
+        tiles, of = blocks.tiles, f"blocks of {blocks.steps} steps {kind}"
+        if tiles is not None:
+            groups = f"{tiles.split_out} x {tiles.split_in} programs, {tiles.microseconds:.1f} us a step"
+            return f"a round of {of} is one launch of {groups} of either layer"
+        if self.replayed:
+            return f"{of} are replayed from CUDA graphs, each in {blocks.beside:.0f} us beside its steps"
+        return f"{of} are launched one after the other"
 
 
 def explain(
@@ -148,7 +162,7 @@ def explain(
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     where = net.layers[0].weight.device if device is None else _device(device)
     try:
-        from ..kernels import graphs, plan
+        from ..kernels import cost, graphs, plan
     except ModuleNotFoundError as error:
         raise ImportError("explain: expected triton, whose kernels the GPU plans are made of, got no such module") from error
 
@@ -166,19 +180,25 @@ def explain(
             raise ValueError(f"layer {i} ({n_in} x {n_out}): {error}") from error
         launched = 0.0 if choice is None else max(choice.microseconds, choice.launches * gpu.host_launch)
         layers.append(LayerPlan(i, net.names[i], n_in, n_out, choice, launched))
-    both = None
-    if all(net.trainable) and wanted in ("auto", "persistent"):
-        shape = plan.Shape(tuple(widths), batch, code, momentum=velocity > 0, x_dtype=x_dtype, precision=switch)
-        both = plan.blocks(shape, STEPS_IN_TURN, gpu.multiprocessors, gpu, wanted)
+    shape = plan.Shape(tuple(widths), batch, code, momentum=velocity > 0, x_dtype=x_dtype, precision=switch)
+    whole = all(net.trainable) and wanted in ("auto", "persistent")
+    parallel, in_turn = (
+        Blocks(
+            steps,
+            plan.blocks(shape, steps, gpu.multiprocessors, gpu, wanted) if whole else None,
+            cost.block(shape, steps, gpu),
+        )
+        for steps in (INNER_STEPS, STEPS_IN_TURN)
+    )
     times = [layer.choice.microseconds for layer in layers if layer.choice is not None]
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "an H200"
     chain = "-".join(map(str, widths))
     return Explanation(
         tuple(layers),
         batch * 1e6 / sum(times) if times else None,
-        both,
+        parallel,
+        in_turn,
         graphs.switched_on(),
-        gpu.block,
         f"{chain}, {loss}, batch {batch}, precision {switch}: modelled for {name}, not measured",
         _served_by(where, net.layers[0].weight.dtype),
     )

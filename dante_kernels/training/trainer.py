@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..network import Network
 from ..ops import Layer
-from ..ops.blocks import Block, Launcher, Round, Velocity, block_launcher, check_plans, launches_of_step, step_length
+from ..ops.blocks import Block, Launcher, Round, Velocity, block_launcher, check_plans, launches_of_step, relative_lengths
 from . import bounds, checkpoint, directions, finetune
 from .history import BlockRecord, History, RoundRecord
 from .problem import Problem, RowStream, evaluate, scale_of
@@ -23,7 +23,7 @@ from .schedules import Phase, Schedule
 LearningRate = float | Sequence[float] | Callable[[int], float | Sequence[float]]
 Callback = Callable[[History], Any]
 
-LAUNCHES_AT_ONCE = 2**14  # about as many in one call, of blocks that are recorded and replayed
+LAUNCHES_AT_ONCE = 2**14  # about as many in one call, of blocks that are recorded and replayed; of others as many steps
 
 # Training that leaves its passes to whoever drives it. It yields the arguments of `ops.sngd_epoch_` by name, or a `Round`, and
 # is sent the result; None, and is sent None, before each block, or call of several, and each epoch of fine-tuning, where it may
@@ -82,7 +82,7 @@ def _copy(layer: Layer) -> Layer:
 
 
 def steps_at_once(layers: int) -> int:
-    """About how many steps of blocks that are recorded and replayed are one call, in a net of so many layers."""
+    """About how many steps of short blocks are one call, in a net of so many layers."""
     return max(1, LAUNCHES_AT_ONCE // launches_of_step(layers))
 
 
@@ -244,8 +244,9 @@ class Trainer:
         turns = [(layer, steps, steps) for steps in lengths for layer in phase.order if self.network.trainable[layer]]
         launcher = self._block_launcher(phase, problem, lengths, steps_per_pass)
         at_once, cycle = len(turns), len(turns) // len(lengths)
-        if launcher is not None and not launcher.whole:
-            # Each call has whole cycles, a block of each layer, and as many of them as the others.
+        if launcher is not None:
+            # Each call has whole cycles, a block of each layer, and as many of them as the others. The device makes one while
+            # Python prepares the next.
             calls = -(-sum(steps for _, steps, _ in turns) // steps_at_once(len(phase.chain)))
             at_once = cycle * -(-len(lengths) // min(calls, len(lengths)))
         if until is not None:
@@ -278,7 +279,7 @@ class Trainer:
         launcher = block_launcher(
             layers, problem.x, settings.batch_size, settings.loss, settings.momentum > 0,
             sum(lengths) / len(lengths), settings.backend,
-            not phase.encoder and not settings.schedule.parallel and all(self.network.trainable[i] for i in phase.chain),
+            not phase.encoder and all(self.network.trainable[i] for i in phase.chain),
         )  # fmt: skip
         apart = max(lengths) >= steps_per_pass or not problem.fits(layers[:-1], max(lengths) * settings.batch_size)
         return None if launcher is None or (apart and not launcher.whole) else launcher
@@ -317,7 +318,7 @@ class Trainer:
                 part.zero_()
         lr = torch.full((), rate, dtype=weight.dtype, device=weight.device)
         if settings.relative_lr:
-            lr = step_length(lr, weight, bias)
+            lr = lr * relative_lengths([weight], [bias])[0]
         kept = problem.behind(prefix) if keep and prefix else None
         if kept is not None:
             problem, prefix = kept, []

@@ -114,7 +114,13 @@ PERSISTENT_CASES = [
 ]
 
 # widths, batch, with momentum and rates relative to the layer's norm, models
-BLOCKS_CASES = [((784, 100, 10), 20, True, 1), ((784, 100, 10), 100, False, 1), ((784, 100, 10), 20, True, 2)]
+# widths, batch, whether with momentum and relative rates, models, blocks of a cycle that are in parallel
+BLOCKS_CASES = [
+    ((784, 100, 10), 20, True, 1, 0),
+    ((784, 100, 10), 20, True, 1, 2),
+    ((784, 100, 10), 100, False, 1, 0),
+    ((784, 100, 10), 20, True, 2, 0),
+]
 
 LIBRARY_CASES = [
     ((3072, 512, 10), 500, "mse", LEAKY, "high", "uint8 momentum"),
@@ -184,6 +190,7 @@ class Collector:
                 label += ", models" if signature["p_offsets"] != "constexpr" else ""
                 label += ", two layers after" if signature["p_last_weight"] != "constexpr" else ""
                 label += ", blocks" if signature["p_schedule"] != "constexpr" else ""
+                label += " in parallel" if constants["PARALLEL"] else ""
         if label.startswith("gradient") and signature["p_x"] == "constexpr":
             label = label.replace("gradient", "squares of the gradient")
         if label.startswith("gram"):
@@ -245,7 +252,7 @@ def run_all_tiles() -> None:
             plan.blocks.cache_clear()
             for batch in (tile.rows, 3 * tile.rows)[: 1 if name == "TALL" else 2]:
                 if name == "BOTH":
-                    run_blocks((784, 100, 10), batch, True, 2)
+                    run_blocks((784, 100, 10), batch, True, 2, 2)
                 elif name == "DEEP":
                     run_case((784, 100, 200, 10), batch, "cross_entropy", TANH, "highest", "uint8 momentum, two models")
                 else:
@@ -255,8 +262,8 @@ def run_all_tiles() -> None:
                         run_case((784, 128, 64), batch, "binary_cross_entropy", SIGMOID, "highest", "uint8 two models")
 
 
-def run_blocks(widths, batch, full, models) -> None:
-    """Two layers in turn in one launch, as `fit` asks for it, or `fit_many` for several models."""
+def run_blocks(widths, batch, full, models, cycle) -> None:
+    """Two layers' blocks in one launch, as `fit` asks for it, or `fit_many` for several models."""
     weights = [torch.zeros(n_out, n_in) for n_in, n_out in itertools.pairwise(widths)]
     biases = [torch.zeros(n_out) for n_out in widths[1:]]
     velocities = [[torch.zeros_like(t) if full else None for t in tensors] for tensors in (weights, biases)]
@@ -265,7 +272,7 @@ def run_blocks(widths, batch, full, models) -> None:
     schedule = torch.tensor([[0, batch, layer, layer] for layer in range(2)])
     call = (
         weights, biases, torch.zeros(batch, widths[0]), torch.zeros(batch, widths[-1]), torch.arange(batch), schedule, batch,
-        LEAKY * 2, code, torch.zeros(2), *velocities, momentum, full, 1.0, full, False, tiles,
+        LEAKY * 2, code, torch.zeros(2), *velocities, momentum, full, 1.0, full, False, cycle, tiles,
     )  # fmt: skip
     kernels.sngd_blocks_([call] * models)
 

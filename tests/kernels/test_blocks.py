@@ -16,9 +16,9 @@ from dante_kernels.kernels import barrier
 from dante_kernels.ops import blocks
 from dante_kernels.ops.layer import flatten
 
-# layer, number of steps; the second and third blocks go on where the last block of their layer stopped
-TURNS = [(0, 1), (1, 2), (0, 2), (1, 1)]
-RATES = [0.3, 0.2, 0.1, 0.4]
+# layer, number of steps; all but each layer's first block go on where the last block of their layer stopped
+TURNS = [(0, 1), (1, 2), (0, 2), (0, 1), (1, 1), (0, 1)]
+RATES = [0.3, 0.2, 0.1, 0.2, 0.4, 0.1]
 
 
 def schedule(rows: int, batch: int) -> torch.Tensor:
@@ -32,26 +32,31 @@ def schedule(rows: int, batch: int) -> torch.Tensor:
     return torch.tensor(table)
 
 
-def expected(p: Problem, order, table, dtype, momentum, nesterov, relative, reset):
-    """What the reference makes of the blocks, one step after the other: both layers, their velocities, losses, norms."""
+def expected(p: Problem, order, table, dtype, momentum, nesterov, relative, reset, parallel=False):
+    """What the reference makes of the blocks, one step after the other: both layers, their velocities, losses, norms.
+
+    In parallel a block of the hidden layer after one of the last layer sees that one as it was before.
+    """
     q = p.to(dtype)
     layers = [(q.weight, q.bias, q.activation), *q.suffix]
     velocities = [[torch.zeros_like(w), None if b is None else torch.zeros_like(b)] for w, b, _ in layers]
-    results, current = [], -1
+    results, current, acted, seen = [], -1, 0, layers[1]
     for first, count, layer, block in table.tolist():
         rows = order[first : first + count]
         weight, bias, phi = layers[layer]
         if block != current:
+            if layer == 1 or acted == 0 or not parallel:
+                seen = tuple(t.clone() if isinstance(t, torch.Tensor) and parallel else t for t in layers[1])
             rate = torch.tensor(RATES[block], dtype=dtype)
             if relative:
                 norm = torch.cat([t.flatten() for t in (weight, bias) if t is not None]).norm()
                 rate = rate * norm if norm else rate
             if reset:
                 velocities[layer] = [None if v is None else torch.zeros_like(v) for v in velocities[layer]]
-        current = block
+        current, acted = block, layer
         x = reference.layer_forward(q.x[rows], *layers[0]) if layer else q.x[rows]
         velocity = velocities[layer] if momentum else (None, None)
-        problem = (weight, bias, x, q.target[rows], layers[layer + 1 :], phi, losses.code(q.loss))
+        problem = (weight, bias, x, q.target[rows], [seen] if layer == 0 else [], phi, losses.code(q.loss))
         results.append(reference.sngd_step_(*problem, rate, *velocity, momentum, nesterov))
     state = [
         t for (w, b, _), v in zip(layers, velocities, strict=True) for t in (w, b, *(v if momentum else ())) if t is not None
@@ -59,7 +64,7 @@ def expected(p: Problem, order, table, dtype, momentum, nesterov, relative, rese
     return [*state, *(torch.stack(part) for part in zip(*results, strict=True))]
 
 
-def run(p: Problem, batch, order, table, seed=0, momentum=0.0, nesterov=False, relative=False, reset=False):
+def run(p: Problem, batch, order, table, seed=0, momentum=0.0, nesterov=False, relative=False, reset=False, parallel=False):
     """The same by the kernel."""
     weights, biases, activations = flatten(p.suffix, p.activation)
     weights, biases = [p.weight, *weights], [p.bias, *biases]
@@ -67,7 +72,8 @@ def run(p: Problem, batch, order, table, seed=0, momentum=0.0, nesterov=False, r
     velocity_biases = [None if b is None or not momentum else torch.zeros_like(b) for b in biases]
     call = (
         weights, biases, p.x, p.target, order, table, batch, activations, losses.code(p.loss), torch.tensor(RATES),
-        velocity_weights, velocity_biases, momentum, nesterov, 1.0, relative, reset, tiles(p, batch)._replace(rows=16),
+        velocity_weights, velocity_biases, momentum, nesterov, 1.0, relative, reset, 2 * parallel,
+        tiles(p, batch)._replace(rows=16),
     )  # fmt: skip
     with interleaved(seed):
         (result,) = kernels.sngd_blocks_([call])
@@ -80,10 +86,16 @@ SHAPES = [(40, (15, 10), 20), (40, (40, 10), 20), (70, (12, 7), 20), (70, (37, 1
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("how", [{}, {"momentum": 0.9, "relative": True}, {"momentum": 0.5, "nesterov": True, "reset": True}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {}, {"momentum": 0.9, "relative": True}, {"momentum": 0.5, "nesterov": True, "reset": True},
+        {"parallel": True}, {"momentum": 0.9, "relative": True, "parallel": True},
+    ],
+)  # fmt: skip
 def test_blocks_are_those_of_the_reference(shape, how):
     n_in, widths, batch = shape
-    p = make_problem(seed=20, rows=50, n_in=n_in, widths=widths, loss=LOSSES[len(how) % 3], bias=len(how) != 3)
+    p = make_problem(seed=20, rows=50, n_in=n_in, widths=widths, loss=LOSSES[len(how) % 3], bias="nesterov" not in how)
     order = torch.cat([torch.randperm(50, generator=torch.Generator().manual_seed(i)) for i in range(2)])
     table = schedule(50, batch)
     settings = {"momentum": 0.0, "nesterov": False, "relative": False, "reset": False} | how
@@ -127,6 +139,15 @@ BLOCK_MUTANTS = {
     "velocities that are kept": ("if RESET:\n", 0, "if False:\n", {"momentum": 0.5, "reset": True}),
     "the first block's rate for all": ("lr = tl.load(p_lr + block)", 0, "lr = tl.load(p_lr)", {}),
     "steps of the hidden layer alone": ("now = moves & (acted == 1)", 0, "now = moves & (acted == 2)", {}),
+    "the last layer as it was": ("next_w, other_w = in_parallel(next_w, other_w, acted, layer)", 0, "pass", {"parallel": True}),
+    "its bias as it was": (
+        "next_bias, other_bias = in_parallel(next_bias, other_bias, acted, layer)",
+        0,
+        "pass",
+        {"parallel": True},
+    ),
+    "the last layer as it is": ("next_w = tl.where(acted == 0, other_w, next_w)", 0, "pass", {"parallel": True}),
+    "its bias as it is": ("next_bias = tl.where(acted == 0, other_bias, next_bias)", 0, "pass", {"parallel": True}),
 }
 
 
@@ -148,7 +169,7 @@ def test_the_schedules_see_what_blocks_lack(name, schedules, tmp_path, monkeypat
 
 def test_a_step_that_must_not_move_moves_nothing():
     p = make_problem(seed=22, rows=50, n_in=70, widths=(20, 3), class_indices=True)
-    table, order = schedule(50, 20), torch.arange(100) % 50
+    table, order = schedule(50, 20)[:5], torch.arange(100) % 50
     first = run(p.clone(), 20, order, table[:1])
     p.target[20:] = 3  # no such class: every mini-batch but the first, and those of the other layer
     order[50:] = 30

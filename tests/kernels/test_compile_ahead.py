@@ -83,12 +83,15 @@ def allowed(e: dict) -> tuple[int, int]:
     All of them keep up to 16 bytes of addresses there for their end. For sm_100 one with uint8 data keeps more before its first
     step, and goes there seven times in a step, and another one three times; for sm_80 tiles of 128 rows go there twice. For
     models side by side one of large tiles with uint8 data goes there once; so does one with one barrier, and keeps more for its
-    end; and several tiles of rows of uint8 data before 64 units keep more.
+    end; so does one of blocks in parallel in tiles of 32 units; and several tiles of rows of uint8 data before 64 units keep
+    more.
     """
     if "persistent" not in e["kernel"]:
         return 0, 0
     if ", models" in e["kernel"] and "ieee" not in e["kernel"]:
         return 288, 1
+    if "blocks in parallel" in e["kernel"] and e["constants"]["BLOCK_OUT"] == 32 and not e["constants"]["ONE_TILE"]:
+        return 24, 1
     if e["kernel"].endswith("parts, models of uint8"):
         return 16, 1
     if ", models of uint8" in e["kernel"] and e["constants"]["BLOCK_NEXT"] == 64 and not e["constants"]["ONE_TILE"]:

@@ -333,25 +333,28 @@ def test_blocks_are_one_launch_while_that_is_faster_than_python_and_the_device_b
     assert f"up to {longest(20)} steps a block at batch 20, and {longest(100)} at batch 100" in text
     assert f"(`highest`; under `high` {longest(20, precision='high')} at batch 20)" in text
     assert f"less than {plan.SHARED} times as long" in text
-    assert 0 < longest(20) < longest(20, H200._replace(block=440.0))
-    assert longest(20, H200._replace(block=0.0)) == 0
+    assert longest(20, H200._replace(in_and_out=0.0)) < longest(20) < longest(20, H200._replace(in_and_out=440.0))
     for wanted in ("auto", "persistent"):
         assert plan.blocks(Shape((784, 100, 100, 10), 20), 20, 132, H200, wanted) is None
     assert plan.blocks(Shape((784, 100, 10), 20), 2000, 132, H200, "persistent") is not None
 
 
 def test_blocks_of_deeper_nets_take_what_the_docs_say():
-    def layers(*widths: int, precision: str = "highest") -> list[float]:
-        shapes = [Shape(widths[i:], 20, momentum=True, precision=precision) for i in range(len(widths) - 1)]
-        return [plan.choose(shape, H200, 132).microseconds for shape in shapes]
+    def beside(*widths: int, steps: int) -> float:
+        return cost.block(Shape(widths, 20, momentum=True), steps, H200)
 
-    def block(times: list[float]) -> float:
-        return 20 * sum(times) / len(times) + H200.block
+    def block(*widths: int, precision: str = "highest") -> float:
+        shapes = [Shape(widths[i:], 20, momentum=True, precision=precision) for i in range(len(widths) - 1)]
+        times = [plan.choose(shape, H200, 132).microseconds for shape in shapes]
+        return 20 * sum(times) / len(times) + cost.block(shapes[0], 20, H200)
 
     text = " ".join((ROOT / "docs" / "plans.md").read_text().split())
     three, four = (784, 100, 100, 10), (784, 400, 200, 10)
-    assert f"take {block(layers(*three)) / 20:.1f} and {block(layers(*four)) / 20:.1f} us, with all that a block" in text
-    shortest, longest = block(layers(*three, precision="high")), block(layers(784, 400, 200, 100, 10))
-    small = {round(block(layers(784, 100, 10, precision=precision))) for precision in ("high", "highest")}
-    assert f"{shortest:.0f} to {longest:.0f} us a block of 20 for the deeper of these nets" in text
+    assert f"take {block(*three) / 20:.1f} and {block(*four) / 20:.1f} us, with all that a block" in text
+    for steps in (3, 20):
+        range_ = f"{beside(*three, steps=steps):.0f} to {beside(784, 400, 200, 100, 10, steps=steps):.0f} us"
+        assert f"{range_} a block of {steps} steps" in text
+    shortest, longest = block(*three, precision="high"), block(784, 400, 200, 100, 10)
+    small = {round(block(784, 100, 10, precision=precision)) for precision in ("high", "highest")}
+    assert f"{shortest:.0f} to {longest:.0f} us a block of 20, steps included, for the deeper of these nets" in text
     assert f"and {' to '.join(map(str, small))} us for 784-100-10" in text

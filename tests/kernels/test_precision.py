@@ -83,7 +83,7 @@ def test_the_inner_block_of_large_layers_is_the_one_the_figures_are_for() -> Non
         torch.set_float32_matmul_precision("highest")
         for tiles, *dtype in (
             (tiling.step_product,),
-            (tiling.forward_product, torch.float32),
+            (tiling.forward_product,),
             (tiling.gradient_product, torch.float32),
         ):
             chosen = tiles(3072, 12288, *dtype)

@@ -64,23 +64,30 @@ def test_settings_decide_as_they_do_in_training():
 
 
 def test_how_short_blocks_run_is_explained(monkeypatch):
-    assert dk.explain(net(784, 100, 10), 20).blocks is None
-    monkeypatch.setattr(sys.modules["dante_kernels.training.explain"], "STEPS_IN_TURN", 10)
     found = dk.explain(net(784, 100, 10), 20)
-    groups = f"{found.blocks.split_out} x {found.blocks.split_in} programs, {found.blocks.microseconds:.1f} us a step"
-    assert f"a round of blocks of 10 steps in turn is one launch of {groups} of either layer" in str(found)
-    replayed = "blocks of 3 steps in parallel, fit's default for classes, are replayed from CUDA graphs, each in 25 us beside"
-    assert replayed in str(found)
+    tiles = found.parallel.tiles
+    groups = f"{tiles.split_out} x {tiles.split_in} programs, {tiles.microseconds:.1f} us a step"
+    whole = "a round of blocks of {} is one launch of " + groups + " of either layer"
+    replayed = "blocks of {} are replayed from CUDA graphs, each in {:.0f} us beside its steps"
+    parallel, in_turn = "3 steps in parallel, fit's default for classes,", "20 steps in turn"
+    assert whole.format(parallel) in str(found)
+    assert replayed.format(in_turn, found.in_turn.beside) in str(found)
+    assert found.in_turn.tiles is None
     for other in (net(3072, 512, 10), net(784, 100, 100, 10)):
-        assert "one launch of" not in str(dk.explain(other, 20))
-        assert replayed in str(dk.explain(other, 20))
+        found = dk.explain(other, 20)
+        assert 5 < found.parallel.beside <= found.in_turn.beside
+        assert replayed.format(parallel, found.parallel.beside) in str(found)
     frozen = net(784, 100, 10)
     frozen[0].requires_grad_(False)
-    assert dk.explain(frozen, 20).blocks is None
+    assert dk.explain(frozen, 20).parallel.tiles is None
+    monkeypatch.setattr(sys.modules["dante_kernels.training.explain"], "STEPS_IN_TURN", 4)
+    found = dk.explain(net(784, 100, 10), 20)
+    assert whole.format("4 steps in turn") in str(found)
+    assert found.in_turn.tiles == found.parallel.tiles
     monkeypatch.setenv("DANTE_GPU_PLAN", "fused")
-    assert replayed in str(dk.explain(net(784, 100, 10), 20))
+    assert replayed.format(parallel, found.parallel.beside) in str(dk.explain(net(784, 100, 10), 20))
     monkeypatch.setenv("DANTE_CUDA_GRAPHS", "0")
-    assert "replayed" not in str(dk.explain(net(784, 100, 10), 20))
+    assert "blocks of 4 steps in turn are launched one after the other" in str(dk.explain(net(784, 100, 10), 20))
     monkeypatch.setenv("DANTE_CUDA_GRAPHS", "7")
     with pytest.raises(ValueError, match="DANTE_CUDA_GRAPHS: expected 0 or 1, got '7'"):
         dk.explain(net(784, 100, 10), 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import itertools
@@ -14,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dante_kernels as dk
 from dante_kernels import kernels
-from dante_kernels.kernels import graphs, launcher
-from dante_kernels.ops.blocks import launches_of_step
+from dante_kernels.kernels import cost, graphs, launcher
+from dante_kernels.ops.blocks import Block, Launcher, Round, Span, Velocity, _apart, launches_of_step
 from dante_kernels.training import trainer
 from dante_kernels.training.trainer import Trainer
 
@@ -41,7 +42,7 @@ class Recorder(TorchDispatchMode):
         aliases = [argument.alias_info for argument in op._schema.arguments if argument.alias_info is not None]
         if any(alias.is_write for alias in aliases):
             self.noted.append(lambda: op(*args, **kwargs))
-            return args[0]
+            return args[0] if op._schema.returns else None
         made = op(*args, **kwargs)
         if not aliases:  # a view shows what lies there anyway
             results = [made] if isinstance(made, Tensor) else made
@@ -130,6 +131,45 @@ def test_replayed_blocks_have_the_bits_of_block_after_block(how, at_once, record
     assert recorder.replayed == cycles[1]
     monkeypatch.setattr(Trainer, "_block_launcher", lambda *args: None)
     assert torch.equal(ours, numbers(alone, train(alone, **how)))
+
+
+class Counter(TorchDispatchMode):
+    """Counts torch's operations that launch something on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op._schema.name.removeprefix("aten::")
+        if not (op.is_view or name.startswith(("empty", "new_empty"))):
+            self.counts[name] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_cycle_s_blocks_have_as_many_launches_beside_their_passes_as_the_model_says(monkeypatch):
+    model, launched = net(6, 5, 4, 3), []
+    layers = [dk.ops.Layer(one.weight.detach(), one.bias.detach(), "relu") for one in model[::2]]
+    still, order = Velocity(None, None), torch.arange(23)
+    monkeypatch.setattr(kernels, "sngd_epoch_", lambda *args: (torch.empty(0), torch.empty(0)))
+    monkeypatch.setattr(launcher, "launch", lambda kernel, *args, **options: launched.append(kernel))
+
+    def count(cycles: int) -> tuple[collections.Counter[str], int]:
+        turns = [Block(layer, [Span(order, 0, 15)], 0.1) for _ in range(cycles) for layer in range(3)]
+        one = Round(Launcher(kernels, None), layers, [still] * 3, X, Y, turns, 5, "mse", 0.0, False, True, False, 1.0, 3)
+        arguments, counter = one.arguments(), Counter()
+        launched.clear()
+        with counter:
+            _apart(kernels, *arguments)
+        return counter.counts, len(launched)
+
+    (some, products), (more, more_products) = count(2), count(3)
+    of_a_cycle = more - some
+    assert of_a_cycle == dict.fromkeys(("_foreach_copy_", "_foreach_norm", "stack", "hypot", "threshold", "mul"), 1)
+    assert (
+        of_a_cycle.total() + 2 == cost.CYCLE_LAUNCHES
+    )  # a norm of many tensors is three: of pieces, of each tensor, and zeros
+    assert more_products - products == 0 + 1 + 2  # of the layers before each
 
 
 def test_another_plan_is_another_recording_and_a_wrong_name_an_error_as_ever(recorder, monkeypatch):
