@@ -86,17 +86,17 @@ def missing(rows: list[Row], nets: list[str]) -> Iterator[tuple[str, tuple, int,
                     yield net, way, passes, seed
 
 
-def microseconds(net: str, method: str, precision: str) -> float:
+def microseconds(net: str, method: str, precision: str, block: int = BLOCK) -> float:
     """What a mini-batch takes by the model: a step of each layer with its part of a block, or a plain step of SGD."""
     widths = tuple(int(width) for width in net.split("-"))
     shapes = [plan.Shape(widths[i:], BATCH, momentum=True, precision=precision) for i in range(len(widths) - 1)]
     if method == "sgd":
         return cost.plain(shapes[0], plan.H200).microseconds
-    whole = plan.blocks(shapes[0], BLOCK, plan.H200.multiprocessors)
+    whole = plan.blocks(shapes[0], block, plan.H200.multiprocessors)
     if whole is not None:  # a round is one launch
         return len(shapes) * whole.microseconds
     steps = [plan.choose(shape, plan.H200, plan.H200.multiprocessors).microseconds for shape in shapes]
-    return sum(steps) + len(steps) * cost.block(shapes[0], BLOCK, plan.H200) / BLOCK
+    return sum(steps) + len(steps) * cost.block(shapes[0], block, plan.H200) / block
 
 
 def table(rows: list[Row]) -> str:

@@ -7,7 +7,7 @@ import dante_kernels as dk
 from bench import defaults, defaults_changes, defaults_long, defaults_uci, gpu_seconds
 from bench.defaults_rows import case, usual
 from dante_kernels import data
-from dante_kernels.kernels import plan
+from dante_kernels.kernels import cost, plan
 from dante_kernels.reproduce import problems, runs
 from dante_kernels.training import schedules
 
@@ -105,12 +105,13 @@ def test_a_training_to_an_accuracy_learns(way):
     assert (row["net"], row["method"], row["loss"], row["rate"], row["passes"], row["seed"]) == ("64-30-10", *way, 12, 1)
 
 
-def test_a_step_of_every_layer_has_its_part_of_a_block(monkeypatch):
+def test_a_step_of_every_layer_has_its_part_of_a_block():
     widths = (784, 400, 200, 100, 10)
     shapes = [plan.Shape(widths[i:], 100, momentum=True) for i in range(4)]
     steps = sum(plan.choose(shape, plan.H200, 132).microseconds for shape in shapes)
-    assert gpu_seconds.microseconds("784-400-200-100-10", "dante", "highest") == pytest.approx(steps + 4 * 25 / 20)
+    assert gpu_seconds.microseconds("784-400-200-100-10", "dante", "highest") == pytest.approx(
+        steps + 4 * cost.block(shapes[0], 20, plan.H200) / 20
+    )
     assert plan.blocks(plan.Shape((784, 100, 10), 100, momentum=True), 20, 132) is None
-    round_ = plan.blocks(plan.Shape((784, 100, 10), 100, momentum=True), 5, 132)
-    monkeypatch.setattr(gpu_seconds, "BLOCK", 5)
-    assert gpu_seconds.microseconds("784-100-10", "dante", "highest") == pytest.approx(2 * round_.microseconds)
+    round_ = plan.blocks(plan.Shape((784, 100, 10), 100, momentum=True), 2, 132)
+    assert gpu_seconds.microseconds("784-100-10", "dante", "highest", 2) == pytest.approx(2 * round_.microseconds)

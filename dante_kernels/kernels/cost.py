@@ -8,7 +8,7 @@ once, from L2 where all that a step touches fits there, else from memory. Nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -147,22 +147,25 @@ def fused(shape: Shape, device: Device) -> Cost:
 CYCLE_LAUNCHES = 8
 
 
-def block(shape: Shape, steps: float, device: Device) -> float:
+def block(shape: Shape, steps: float, device: Device, trained: Sequence[int] | None = None) -> float:
     """Microseconds that short blocks of `steps` steps have beside their steps where they are replayed, a layer's on average.
 
-    `shape` is that of a pass of the first layer. What is added up is what the other layers of a cycle share, what the frozen
-    layers before make of a block's rows, and the launch of its pass, with its layer and the velocity in and out.
+    `shape` is that of a pass of the first layer; `trained` says which layers have blocks, None all. What is added up is what
+    the layers of a cycle share, what those before make of a block's rows, and the launch of its pass, with its layer and the
+    velocity in and out.
     """
+    trained = range(len(shape.widths) - 1) if trained is None else trained
     layers, rows = list(pairwise(shape.widths)), math.ceil(steps * shape.batch)
     total = CYCLE_LAUNCHES * device.launch
-    for i, (n_in, n_out) in enumerate(layers):
+    for i in trained:
+        n_in, n_out = layers[i]
         before = [
             _product(rows, n, k, tiling.forward_product(n, k, shape.precision), 4 if j else shape.x_dtype.itemsize)
             for j, (k, n) in enumerate(layers[:i])
         ]
         whole_layer = _elementwise((4 if shape.momentum else 2) * n_in * n_out, device)
         total += _total([*before, whole_layer], 0.0, device).microseconds + device.in_and_out
-    return total / len(layers)
+    return total / len(trained)
 
 
 def _wide_softmax(shape: Shape) -> list[Launch]:

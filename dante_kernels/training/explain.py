@@ -47,13 +47,15 @@ class LayerPlan:
 
 
 class Blocks(NamedTuple):
-    """Short blocks of so many steps: the tiles with which `fit` runs a round of them in one launch; None where it does not.
+    """Blocks of so many steps, where a pass has as many: how `fit` runs them, and what one takes by the model.
 
-    ``beside`` is what one takes beside its steps where they are replayed, a layer's on average: microseconds, modelled.
+    ``tiles`` are those with which many are one launch, or None. ``microseconds`` is what a block takes, a layer's on average;
+    where each is several launches, replayed from a CUDA graph, ``beside`` is what of it is not its steps, else 0.
     """
 
     steps: int
     tiles: plan.Persistent | None
+    microseconds: float
     beside: float
 
 
@@ -63,8 +65,8 @@ class Explanation:
 
     Attributes:
         layers: a `LayerPlan` for each layer.
-        samples_per_second: rows of a mini-batch over the modelled time of one step on every trained layer; None where
-            nothing is trained. Modelled, not measured.
+        samples_per_second: rows of a mini-batch over the modelled time of one step on every trained layer, in passes; None
+            where nothing is trained. Modelled, not measured.
         parallel, in_turn: `Blocks` of 3 steps in parallel, `fit`'s default for classes, and of 20 in turn.
         replayed: whether passes and short blocks that are not one launch are replayed as CUDA graphs.
 
@@ -72,6 +74,7 @@ class Explanation:
     """
 
     layers: tuple[LayerPlan, ...]
+    batch_size: int
     samples_per_second: float | None
     parallel: Blocks
     in_turn: Blocks
@@ -94,22 +97,24 @@ class Explanation:
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         rate = []
         if self.samples_per_second is not None:
-            rate = [f"a round, one pass of each layer without its prefix: {self.samples_per_second:,.0f} samples/s, modelled"]
+            rate = [f"a pass of each layer, given its input: {self.samples_per_second:,.0f} samples/s, modelled"]
             rate.append(self._of_blocks("in parallel, fit's default for classes,", self.parallel))
-            rate.append(self._of_blocks("in turn", self.in_turn))
+            rate.append(self._of_blocks("in turn, its default otherwise,", self.in_turn))
         return "\n".join([self.heading, "", *table, "", *reasons, *rate, self.served_by])
 
     __repr__ = __str__
 
     def _of_blocks(self, kind: str, blocks: Blocks) -> str:
-        """How a round of short blocks runs."""
+        """How short blocks run, and how fast."""
         tiles, of = blocks.tiles, f"blocks of {blocks.steps} steps {kind}"
+        if tiles is None and not self.replayed:
+            return f"{of} are launched one after the other, which Python bounds"
+        trained = sum(layer.choice is not None for layer in self.layers)
+        rate = f"{self.batch_size * blocks.steps * 1e6 / (trained * blocks.microseconds):,.0f} samples/s, modelled"
         if tiles is not None:
-            groups = f"{tiles.split_out} x {tiles.split_in} programs, {tiles.microseconds:.1f} us a step"
-            return f"a round of {of} is one launch of {groups} of either layer"
-        if self.replayed:
-            return f"{of} are replayed from CUDA graphs, each in {blocks.beside:.0f} us beside its steps"
-        return f"{of} are launched one after the other"
+            return f"{of} run many in a launch of {tiles.programs} programs, {blocks.microseconds:.0f} us each: {rate}"
+        parts = f"{blocks.microseconds:.0f} us each, {blocks.beside:.0f} us of it beside the steps"
+        return f"{of} are replayed from CUDA graphs, {parts}: {rate}"
 
 
 def explain(
@@ -181,32 +186,35 @@ def explain(
         launched = 0.0 if choice is None else max(choice.microseconds, choice.launches * gpu.host_launch)
         layers.append(LayerPlan(i, net.names[i], n_in, n_out, choice, launched))
     shape = plan.Shape(tuple(widths), batch, code, momentum=velocity > 0, x_dtype=x_dtype, precision=switch)
-    whole = all(net.trainable) and wanted in ("auto", "persistent")
-    parallel, in_turn = (
-        Blocks(
-            steps,
-            plan.blocks(shape, steps, gpu.multiprocessors, gpu, wanted) if whole else None,
-            cost.block(shape, steps, gpu),
-        )
-        for steps in (INNER_STEPS, STEPS_IN_TURN)
-    )
-    times = [layer.choice.microseconds for layer in layers if layer.choice is not None]
+    trained = [layer for layer in layers if layer.choice is not None]
+    replayed, one_launch = graphs.switched_on(), all(net.trainable) and wanted in ("auto", "persistent")
+    times = [layer.choice.microseconds if replayed else layer.launched for layer in trained if layer.choice is not None]
+
+    def blocks(steps: int) -> Blocks:
+        tiles = plan.blocks(shape, steps, gpu.multiprocessors, gpu, wanted) if one_launch else None
+        if tiles is not None:
+            return Blocks(steps, tiles, steps * tiles.microseconds, 0.0)
+        beside = cost.block(shape, steps, gpu, [layer.layer for layer in trained]) if trained else 0.0
+        return Blocks(steps, None, beside + steps * sum(times) / max(1, len(times)), beside)
+
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "an H200"
     chain = "-".join(map(str, widths))
     return Explanation(
         tuple(layers),
+        batch,
         batch * 1e6 / sum(times) if times else None,
-        parallel,
-        in_turn,
-        graphs.switched_on(),
-        f"{chain}, {loss}, batch {batch}, precision {switch}: modelled for {name}, not measured",
+        blocks(INNER_STEPS),
+        blocks(STEPS_IN_TURN),
+        replayed,
+        f"{chain}, {loss}, batch {batch}, momentum {velocity:g}, x {str(x_dtype).removeprefix('torch.')}, precision {switch}: "
+        f"modelled for {name}, not measured",
         _served_by(where, net.layers[0].weight.dtype),
     )
 
 
 def _served_by(device: torch.device, dtype: torch.dtype) -> str:
     if device.type not in ("cpu", "cuda"):
-        return f"on {device} nothing is trained"
+        return f"on {device} nothing can be trained, only explained"
     name = backends.serving("auto", device, dtype)
     note = "" if device.type == "cuda" else ", interpreted, in one program"
     if name != "triton":

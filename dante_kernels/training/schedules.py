@@ -109,7 +109,7 @@ class Alternating(Schedule):
 
     Give `fit` a ``stop_epsilon`` for the algorithm's stopping rule: it ends when a round changes the objective by less
     than epsilon and at least ``min_rounds`` (T_AM) rounds are done. Arguments and errors are
-    those of `Schedule`; `fit` raises ValueError for a model without exactly one hidden layer.
+    those of `dante_kernels.training.schedules.Schedule`; `fit` raises ValueError for a model without exactly one hidden layer.
     """
 
     def phases(self, widths: list[int]) -> list[Phase]:
@@ -124,7 +124,7 @@ class Alternating(Schedule):
 class RoundRobin(Schedule):
     """Every layer in network order, over and over.
 
-    Arguments and errors are those of `Schedule`.
+    Arguments and errors are those of `dante_kernels.training.schedules.Schedule`.
 
     Source: section 3.5 of the 2020 paper, which trains multi-layer networks so.
     """

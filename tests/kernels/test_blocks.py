@@ -246,7 +246,7 @@ def test_the_schedules_see_models_that_share_what_is_each_ones_own(what, taken, 
     barrier._counters.clear()
 
 
-def rounds_of(problems: list[Problem], momentum: float) -> list[blocks.Round]:
+def rounds_of(problems: list[Problem], momentum: float, cycle: int = 0) -> list[blocks.Round]:
     """A round of two blocks of each layer, for each model with an order, rates and velocities of its own."""
     found = []
     for i, p in enumerate(problems):
@@ -262,19 +262,21 @@ def rounds_of(problems: list[Problem], momentum: float) -> list[blocks.Round]:
         ]
         launcher = blocks.Launcher(kernels, tiles(p, 20)._replace(rows=16))
         found.append(
-            blocks.Round(launcher, layers, velocities, p.x, p.target, turns, 20, p.loss, momentum, False, True, False, 1.0)
+            blocks.Round(
+                launcher, layers, velocities, p.x, p.target, turns, 20, p.loss, momentum, False, True, False, 1.0, cycle
+            )
         )
     return found
 
 
-@pytest.mark.parametrize(("momentum", "at_once"), [(0.0, 2), (0.9, 3)])
-def test_rounds_side_by_side_have_the_bits_of_each_alone(momentum, at_once, monkeypatch):
+@pytest.mark.parametrize(("momentum", "at_once", "cycle"), [(0.0, 2, 0), (0.9, 3, 2)])
+def test_rounds_side_by_side_have_the_bits_of_each_alone(momentum, at_once, cycle, monkeypatch):
     problems = [make_problem(seed=s, rows=50, n_in=70, widths=(37, 10), class_indices=False) for s in (28, 29, 30)]
     alone = [p.clone() for p in problems]
     programs = tiles(problems[0], 20).programs  # of 4 warps each, two on a multiprocessor
     assert programs > 1
     monkeypatch.setattr(kernels, "_most_programs", lambda tensor: (at_once * programs + 1) // 2)
-    apart, together = rounds_of(alone, momentum), rounds_of(problems, momentum)
+    apart, together = rounds_of(alone, momentum, cycle), rounds_of(problems, momentum, cycle)
     expected_ = []
     for one in apart:
         with interleaved(0):

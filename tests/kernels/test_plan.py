@@ -323,15 +323,17 @@ def test_the_tables_in_the_docs_are_what_the_model_says():
 
 
 def test_blocks_are_one_launch_while_that_is_faster_than_python_and_the_device_block_by_block():
-    def longest(batch: int, device: plan.Device = H200, precision: str = "highest") -> int:
-        shape = Shape((784, 100, 10), batch, precision=precision)
+    def longest(batch: int, device: plan.Device = H200, precision: str = "highest", momentum: bool = False) -> int:
+        shape = Shape((784, 100, 10), batch, precision=precision, momentum=momentum)
         chosen = [plan.blocks(shape, steps, 132, device) is not None for steps in range(1, 2000)]
         assert chosen == sorted(chosen, reverse=True)  # short blocks, and no long ones
         return sum(chosen)
 
     text = " ".join((ROOT / "docs" / "plans.md").read_text().split())
     assert f"up to {longest(20)} steps a block at batch 20, and {longest(100)} at batch 100" in text
-    assert f"(`highest`; under `high` {longest(20, precision='high')} at batch 20)" in text
+    high = [longest(20, precision="high", momentum=momentum) for momentum in (False, True)]
+    assert f"(`highest`; under `high` {high[0]} at batch 20, {high[1]} with momentum)" in text
+    assert [longest(batch, momentum=True) for batch in (20, 100)] == [longest(20), longest(100)]
     assert f"less than {plan.SHARED} times as long" in text
     assert longest(20, H200._replace(in_and_out=0.0)) < longest(20) < longest(20, H200._replace(in_and_out=440.0))
     for wanted in ("auto", "persistent"):

@@ -25,7 +25,10 @@ def test_the_table_has_each_layer_s_plan_why_time_and_limit():
     found = dk.explain(net(784, 400, 200, 100, 10), 20, momentum=0)
     text = str(found)
     assert repr(found) == text
-    assert "784-400-200-100-10, mse, batch 20, precision highest: modelled for an H200, not measured" in text
+    assert (
+        "784-400-200-100-10, mse, batch 20, momentum 0, x float32, precision highest: modelled for an H200, not measured"
+        in text
+    )
     assert [(layer.n_in, layer.n_out) for layer in found.layers] == [(784, 400), (400, 200), (200, 100), (100, 10)]
     for i, layer in enumerate(found.layers):
         shape = plan.Shape((784, 400, 200, 100, 10)[i:], 20)
@@ -64,30 +67,51 @@ def test_settings_decide_as_they_do_in_training():
 
 
 def test_how_short_blocks_run_is_explained(monkeypatch):
+    parallel, in_turn = "3 steps in parallel, fit's default for classes,", "20 steps in turn, its default otherwise,"
+
+    def whole(kind, blocks, batch):
+        rate = batch * blocks.steps * 1e6 / (2 * blocks.microseconds)
+        assert blocks.microseconds == blocks.steps * blocks.tiles.microseconds
+        return (
+            f"blocks of {kind} run many in a launch of {blocks.tiles.programs} programs, {blocks.microseconds:.0f} us each: "
+            f"{rate:,.0f} samples/s, modelled"
+        )
+
+    def replayed(kind, blocks, batch, layers, alone):
+        rate = batch * blocks.steps * 1e6 / (len(layers) * blocks.microseconds)
+        mean = sum(layer.choice.microseconds for layer in layers) / len(layers)
+        assert blocks.microseconds == pytest.approx(blocks.steps * mean + blocks.beside)
+        assert blocks.beside > alone
+        return (
+            f"blocks of {kind} are replayed from CUDA graphs, {blocks.microseconds:.0f} us each, {blocks.beside:.0f} us of it "
+            f"beside the steps: {rate:,.0f} samples/s, modelled"
+        )
+
     found = dk.explain(net(784, 100, 10), 20)
-    tiles = found.parallel.tiles
-    groups = f"{tiles.split_out} x {tiles.split_in} programs, {tiles.microseconds:.1f} us a step"
-    whole = "a round of blocks of {} is one launch of " + groups + " of either layer"
-    replayed = "blocks of {} are replayed from CUDA graphs, each in {:.0f} us beside its steps"
-    parallel, in_turn = "3 steps in parallel, fit's default for classes,", "20 steps in turn"
-    assert whole.format(parallel) in str(found)
-    assert replayed.format(in_turn, found.in_turn.beside) in str(found)
-    assert found.in_turn.tiles is None
+    assert whole(parallel, found.parallel, 20) in str(found)
+    assert replayed(in_turn, found.in_turn, 20, found.layers, 5) in str(found)
     for other in (net(3072, 512, 10), net(784, 100, 100, 10)):
-        found = dk.explain(other, 20)
-        assert 5 < found.parallel.beside <= found.in_turn.beside
-        assert replayed.format(parallel, found.parallel.beside) in str(found)
-    frozen = net(784, 100, 10)
-    frozen[0].requires_grad_(False)
-    assert dk.explain(frozen, 20).parallel.tiles is None
+        found = dk.explain(other, 100)
+        assert replayed(parallel, found.parallel, 100, found.layers, 5) in str(found)
+        assert found.parallel.beside < found.in_turn.beside
+    partly = net(784, 400, 200, 10)
+    partly[0].requires_grad_(False)
+    partly[2].requires_grad_(False)
+    found, every = dk.explain(partly, 20), dk.explain(net(784, 400, 200, 10), 20)
+    assert replayed(parallel, found.parallel, 20, found.layers[2:], every.parallel.beside) in str(found)
     monkeypatch.setattr(sys.modules["dante_kernels.training.explain"], "STEPS_IN_TURN", 4)
     found = dk.explain(net(784, 100, 10), 20)
-    assert whole.format("4 steps in turn") in str(found)
-    assert found.in_turn.tiles == found.parallel.tiles
+    assert whole("4 steps in turn, its default otherwise,", found.in_turn, 20) in str(found)
     monkeypatch.setenv("DANTE_GPU_PLAN", "fused")
-    assert replayed.format(parallel, found.parallel.beside) in str(dk.explain(net(784, 100, 10), 20))
+    found = dk.explain(net(784, 100, 10), 20)
+    assert replayed(parallel, found.parallel, 20, found.layers, 5) in str(found)
     monkeypatch.setenv("DANTE_CUDA_GRAPHS", "0")
-    assert "blocks of 4 steps in turn are launched one after the other" in str(dk.explain(net(784, 100, 10), 20))
+    slow = dk.explain(net(784, 100, 10), 20)
+    assert "blocks of 4 steps in turn, its default otherwise, are launched one after the other, which Python bounds" in str(
+        slow
+    )
+    assert slow.samples_per_second == pytest.approx(20e6 / sum(layer.launched for layer in slow.layers))
+    assert slow.samples_per_second < found.samples_per_second
     monkeypatch.setenv("DANTE_CUDA_GRAPHS", "7")
     with pytest.raises(ValueError, match="DANTE_CUDA_GRAPHS: expected 0 or 1, got '7'"):
         dk.explain(net(784, 100, 10), 20)
@@ -137,7 +161,7 @@ def test_it_says_which_backend_really_serves(monkeypatch):
     assert str(dk.explain(model, 5)).endswith("on cpu the backend triton serves, interpreted, in one program")
     with torch.device("meta"):
         huge = nn.Sequential(nn.Linear(12288, 3072), nn.ReLU(), nn.Linear(3072, 10))
-    assert str(dk.explain(huge, 20)).endswith("on meta nothing is trained")
+    assert str(dk.explain(huge, 20)).endswith("on meta nothing can be trained, only explained")
     assert str(dk.explain(huge, 20, device="cpu")).endswith("on cpu the backend triton serves, interpreted, in one program")
 
 
