@@ -427,8 +427,9 @@ def persistent(
         else:
             squares = squares_of(grad, grad_bias, input_group == 0, p_bias is not None)
             if ROUNDS:
+                # Of the layer that is not active a gradient of zeros was made, NaN where x is infinite.
                 own = squares_of((next_grad,), next_grad_bias, program == 0, p_next_bias is not None)
-                squares += tl.where(input_group == 0, own, 0.0)
+                squares = tl.where(acted == 0, squares, tl.where(input_group == 0, own, 0.0))
             if PROGRAMS > 1:
                 counted = unit_group == 0 if HAS_LAST else (program == 0 if HAS_NEXT else input_group == 0)
                 p_half = p_sums + (step % 2) * (2 * PROGRAMS)

@@ -101,8 +101,8 @@ def launches_of_step(layers: int) -> int:
 def relative_lengths(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """What a relative rate of each layer is multiplied by, (layers,): its Frobenius norm.
 
-    Where that is 0, from which no relative step leads away, 1. The bits are each layer's own. On a GPU these are six launches,
-    however many layers there are.
+    Where that is 0, from which no relative step leads away, 1. Where all lie dense in memory, the bits are each layer's own,
+    and on a GPU these are six launches, however many layers there are.
     """
     nothing = weights[0].new_zeros(1) if any(bias is None for bias in biases) else weights[0]
     parts = [part for weight, bias in zip(weights, biases, strict=True) for part in (weight, nothing if bias is None else bias)]

@@ -252,7 +252,8 @@ def run_all_tiles() -> None:
             plan.blocks.cache_clear()
             for batch in (tile.rows, 3 * tile.rows)[: 1 if name == "TALL" else 2]:
                 if name == "BOTH":
-                    run_blocks((784, 100, 10), batch, True, 2, 2)
+                    for cycle in (0, 2):
+                        run_blocks((784, 100, 10), batch, True, 2, cycle)
                 elif name == "DEEP":
                     run_case((784, 100, 200, 10), batch, "cross_entropy", TANH, "highest", "uint8 momentum, two models")
                 else:

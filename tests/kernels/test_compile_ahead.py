@@ -90,7 +90,7 @@ def allowed(e: dict) -> tuple[int, int]:
         return 0, 0
     if ", models" in e["kernel"] and "ieee" not in e["kernel"]:
         return 288, 1
-    if "blocks in parallel" in e["kernel"] and e["constants"]["BLOCK_OUT"] == 32 and not e["constants"]["ONE_TILE"]:
+    if ", models, blocks in parallel" in e["kernel"] and e["constants"]["BLOCK_OUT"] == 32 and not e["constants"]["ONE_TILE"]:
         return 24, 1
     if e["kernel"].endswith("parts, models of uint8"):
         return 16, 1

@@ -135,6 +135,26 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_before_it(backend, pla
     )
 
 
+@pytest.mark.parametrize("kind", [dk.RoundRobin, dk.Alternating])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_what_is_infinite_but_saturates_stops_the_hidden_layer_alone(kind, parallel, monkeypatch):
+    """The last layer sees a finite activation; also where one launch makes both layers' gradients."""
+    monkeypatch.setenv("DANTE_GPU_PLAN", "persistent")
+    x = X.clone()
+    x[0, 2] = float("inf")
+    found = []
+    for backend in ("reference", "triton"):
+        model = net(6, 5, 3)
+        with pytest.raises(dk.NonFiniteError) as caught:
+            dk.fit(
+                model, x, Y, schedule=kind(1, 1, 2, parallel=parallel), lr=0.05, batch_size=3, shuffle=False, backend=backend
+            )
+        found.append((str(caught.value), weights(model)))
+    assert "layer 0 ('0')" in found[0][0]
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
+
+
 def test_it_must_be_true_or_false():
     with pytest.raises(TypeError, match="parallel: expected True or False, got 'yes'"):
         dk.RoundRobin(parallel="yes")

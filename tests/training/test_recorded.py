@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dante_kernels as dk
 from dante_kernels import kernels
 from dante_kernels.kernels import cost, graphs, launcher
-from dante_kernels.ops.blocks import Block, Launcher, Round, Span, Velocity, _apart, launches_of_step
+from dante_kernels.ops.blocks import Block, Launcher, Round, Span, Velocity, _apart, launches_of_step, relative_lengths
 from dante_kernels.training import trainer
 from dante_kernels.training.trainer import Trainer
 
@@ -131,6 +131,37 @@ def test_replayed_blocks_have_the_bits_of_block_after_block(how, at_once, record
     assert recorder.replayed == cycles[1]
     monkeypatch.setattr(Trainer, "_block_launcher", lambda *args: None)
     assert torch.equal(ours, numbers(alone, train(alone, **how)))
+
+
+def test_a_block_that_goes_on_into_the_next_pass_is_one_block(recorder, monkeypatch):
+    """Its momentum is set back once: blocks of 2 of a pass of 5 steps."""
+    how = {"schedule": dk.RoundRobin(rounds=8, inner_steps=2), "momentum": 0.9, "reset_momentum": True, "relative_lr": True}
+    model = net(6, 5, 4, 3)
+    alone = copy.deepcopy(model)
+    ours = numbers(model, train(model, **how))
+    assert recorder.replayed
+    monkeypatch.setattr(Trainer, "_block_launcher", lambda *args: None)
+    assert torch.equal(ours, numbers(alone, train(alone, **how)))
+
+
+def test_relative_lengths_are_the_norms_of_weights_and_biases_and_1_for_those_of_norm_zero():
+    weights = [
+        torch.randn(5, 7),
+        torch.zeros(4, 5),
+        torch.full((3, 4), 1e15),
+        torch.zeros(2, 3),
+        torch.full((2, 2), float("nan")),
+    ]
+    biases = [torch.randn(5), torch.ones(4), None, None, torch.zeros(2)]
+    exact = [
+        torch.cat([part.double().flatten() for part in parts if part is not None]).norm()
+        for parts in zip(weights, biases, strict=True)
+    ]
+    exact[3] += 1
+    found = relative_lengths(weights, biases)
+    torch.testing.assert_close(found.double(), torch.stack(exact), rtol=1e-6, atol=0, equal_nan=True)
+    alone = [relative_lengths([weight], [bias]) for weight, bias in zip(weights, biases, strict=True)]
+    assert torch.equal(found[:4], torch.cat(alone[:4]))
 
 
 class Counter(TorchDispatchMode):
