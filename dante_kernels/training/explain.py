@@ -65,8 +65,9 @@ class Explanation:
 
     Attributes:
         layers: a `LayerPlan` for each layer.
-        samples_per_second: rows of a mini-batch over the modelled time of one step on every trained layer, in passes; None
-            where nothing is trained. Modelled, not measured.
+        batch_size: rows of a mini-batch.
+        samples_per_second: these rows over the modelled time of one step on every trained layer, in passes; None where
+            nothing is trained. Modelled, not measured.
         parallel, in_turn: `Blocks` of 3 steps in parallel, `fit`'s default for classes, and of 20 in turn.
         replayed: whether passes and short blocks that are not one launch are replayed as CUDA graphs.
 
