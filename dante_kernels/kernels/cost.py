@@ -143,7 +143,7 @@ def fused(shape: Shape, device: Device) -> Cost:
 
 
 # Launches that short blocks of all layers, one each, have together beside their passes and the products before these: step
-# lengths relative to the layers' norms (`ops.blocks.relative_lengths`), and copies of layers where blocks are in parallel.
+# lengths relative to the layers' norms (`ops.blocks.norms_or_one`), and copies of layers where blocks are in parallel.
 CYCLE_LAUNCHES = 8
 
 

@@ -98,11 +98,11 @@ def launches_of_step(layers: int) -> int:
     return 4 * layers + 3
 
 
-def relative_lengths(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """What a relative rate of each layer is multiplied by, (layers,): its Frobenius norm.
+def norms_or_one(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """Each layer's Frobenius norm, which a relative rate is multiplied by, (layers,); 1 where that is 0, and would stay so.
 
-    Where that is 0, from which no relative step leads away, 1. Where all lie dense in memory, the bits are each layer's own,
-    and on a GPU these are six launches, however many layers there are.
+    Where all lie dense in memory, the bits are each layer's own, and on a GPU these are six launches, however many layers there
+    are.
     """
     nothing = weights[0].new_zeros(1) if any(bias is None for bias in biases) else weights[0]
     parts = [part for weight, bias in zip(weights, biases, strict=True) for part in (weight, nothing if bias is None else bias)]
@@ -174,7 +174,7 @@ def _apart(
                 seen, seen_biases = _with_copies(coming[:-1], weights, biases)
             of_blocks = rates[block : block + len(coming)]
             if relative:
-                of_blocks = of_blocks * relative_lengths([weights[i] for i in coming], [biases[i] for i in coming])[:, None]
+                of_blocks = of_blocks * norms_or_one([weights[i] for i in coming], [biases[i] for i in coming])[:, None]
             lengths += of_blocks[:, 0].unbind()
         velocity = velocity_weights[layer], velocity_biases[layer]
         if block == begun:
@@ -183,31 +183,16 @@ def _apart(
                 for part in velocity:
                     if part is not None:
                         part.zero_()
-        chosen = rows[start:stop]
         h, t, scale = x, target, x_scale
-        order: Tensor | None = chosen
+        order: Tensor | None = rows[start:stop]
         if layer:
-            t = target[chosen] if classes is None else classes[start:stop]
+            t = target[order] if classes is None else classes[start:stop]
             for i in range(layer):
                 h = serving.layer_forward(h, seen[i], seen_biases[i], activations[3 * i : 3 * i + 3], scale, order)
                 order, scale = None, 1.0
+        problem = weights[layer], biases[layer], h, t, order, batch_size
         after = seen[layer + 1 :], seen_biases[layer + 1 :], activations[3 * layer :], loss
-        results.append(
-            serving.sngd_epoch_(
-                weights[layer],
-                biases[layer],
-                h,
-                t,
-                order,
-                batch_size,
-                *after,
-                lengths[block],
-                *velocity,
-                momentum,
-                nesterov,
-                scale,
-            )
-        )
+        results.append(serving.sngd_epoch_(*problem, *after, lengths[block], *velocity, momentum, nesterov, scale))
     every_loss, every_norm = (torch.cat(part) for part in zip(*results, strict=True))
     return every_loss, every_norm, torch.stack(lengths)
 

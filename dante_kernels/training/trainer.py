@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..network import Network
 from ..ops import Layer
-from ..ops.blocks import Block, Launcher, Round, Velocity, block_launcher, check_plans, launches_of_step, relative_lengths
+from ..ops.blocks import Block, Launcher, Round, Velocity, block_launcher, check_plans, launches_of_step, norms_or_one
 from . import bounds, checkpoint, directions, finetune
 from .history import BlockRecord, History, RoundRecord
 from .problem import Problem, RowStream, evaluate, scale_of
@@ -318,7 +318,7 @@ class Trainer:
                 part.zero_()
         lr = torch.full((), rate, dtype=weight.dtype, device=weight.device)
         if settings.relative_lr:
-            lr = lr * relative_lengths([weight], [bias])[0]
+            lr = lr * norms_or_one([weight], [bias])[0]
         kept = problem.behind(prefix) if keep and prefix else None
         if kept is not None:
             problem, prefix = kept, []

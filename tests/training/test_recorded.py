@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dante_kernels as dk
 from dante_kernels import kernels
 from dante_kernels.kernels import cost, graphs, launcher
-from dante_kernels.ops.blocks import Block, Launcher, Round, Span, Velocity, _apart, launches_of_step, relative_lengths
+from dante_kernels.ops.blocks import Block, Launcher, Round, Span, Velocity, _apart, launches_of_step, norms_or_one
 from dante_kernels.training import trainer
 from dante_kernels.training.trainer import Trainer
 
@@ -144,7 +144,7 @@ def test_a_block_that_goes_on_into_the_next_pass_is_one_block(recorder, monkeypa
     assert torch.equal(ours, numbers(alone, train(alone, **how)))
 
 
-def test_relative_lengths_are_the_norms_of_weights_and_biases_and_1_for_those_of_norm_zero():
+def test_relative_rates_are_times_the_norm_of_weight_and_bias_or_1_where_that_is_zero():
     weights = [
         torch.randn(5, 7),
         torch.zeros(4, 5),
@@ -158,9 +158,9 @@ def test_relative_lengths_are_the_norms_of_weights_and_biases_and_1_for_those_of
         for parts in zip(weights, biases, strict=True)
     ]
     exact[3] += 1
-    found = relative_lengths(weights, biases)
+    found = norms_or_one(weights, biases)
     torch.testing.assert_close(found.double(), torch.stack(exact), rtol=1e-6, atol=0, equal_nan=True)
-    alone = [relative_lengths([weight], [bias]) for weight, bias in zip(weights, biases, strict=True)]
+    alone = [norms_or_one([weight], [bias]) for weight, bias in zip(weights, biases, strict=True)]
     assert torch.equal(found[:4], torch.cat(alone[:4]))
 
 
@@ -179,10 +179,10 @@ class Counter(TorchDispatchMode):
 
 
 def test_a_cycle_s_blocks_have_as_many_launches_beside_their_passes_as_the_model_says(monkeypatch):
-    model, launched = net(6, 5, 4, 3), []
+    model, launched, lengths = net(6, 5, 4, 3), [], []
     layers = [dk.ops.Layer(one.weight.detach(), one.bias.detach(), "relu") for one in model[::2]]
     still, order = Velocity(None, None), torch.arange(23)
-    monkeypatch.setattr(kernels, "sngd_epoch_", lambda *args: (torch.empty(0), torch.empty(0)))
+    monkeypatch.setattr(kernels, "sngd_epoch_", lambda *args: lengths.append(args[10]) or (torch.empty(0), torch.empty(0)))
     monkeypatch.setattr(launcher, "launch", lambda kernel, *args, **options: launched.append(kernel))
 
     def count(cycles: int) -> tuple[collections.Counter[str], int]:
@@ -201,6 +201,9 @@ def test_a_cycle_s_blocks_have_as_many_launches_beside_their_passes_as_the_model
         of_a_cycle.total() + 2 == cost.CYCLE_LAUNCHES
     )  # a norm of many tensors is three: of pieces, of each tensor, and zeros
     assert more_products - products == 0 + 1 + 2  # of the layers before each
+    assert all(
+        length.data_ptr() % 16 == 0 for length in lengths
+    )  # or kernels would be compiled once more for those that are not
 
 
 def test_another_plan_is_another_recording_and_a_wrong_name_an_error_as_ever(recorder, monkeypatch):
