@@ -33,7 +33,7 @@ from support import ACTIVATIONS, LOSSES, Problem, assert_error_rule, make_proble
 
 import dante_kernels as dk
 from bench import gpu_limits, gpu_timings
-from bench.gpu_timings import chosen_plan, moved
+from bench.gpu_timings import ONE_BARRIER, PLANS, SWITCHES, chosen_plan, moved
 from bench.peers.cuda_graph import graph_of
 from dante_kernels import ops
 from dante_kernels.ops import backends, blocks
@@ -41,10 +41,10 @@ from dante_kernels.training.run import matmul_precision
 
 SHAPES = [  # rows, n_in, widths of the active layer and its suffix
     (1, 5, (4, 3)), (9, 7, (1,)), (20, 784, (100, 10)), (100, 784, (100, 10)), (100, 100, (10,)),
-    (33, 784, (400, 200, 10)), (17, 65, (129, 31, 7, 5)), (50, 3072, (512, 10)), (40, 60, (30, 784)),
+    (33, 784, (400, 200, 10)), (17, 65, (129, 31, 7, 5)), (50, 3072, (512, 10)), (40, 60, (30, 784)), (300, 784, (100, 10)),
+    (60, 784, (100, 40)),
 ]  # fmt: skip
-PLANS = ("auto", "fused", "streamed", "library")  # as DANTE_GPU_PLAN names them
-SWITCHES = ("highest", "high")  # "high" for the form with one barrier a step
+PASSES = {"highest": PLANS, "high": (*PLANS, ONE_BARRIER), "medium": (*PLANS, ONE_BARRIER)}  # for `chosen_plan`
 
 
 class Skipped(Exception):
@@ -91,7 +91,7 @@ def check_right(device: torch.device, few: bool) -> str:
                 problem = make_problem(**case)
                 truth = results_of(problem.to(torch.float64), "reference", *rule)
                 theirs = results_of(moved(problem, device), "reference", *rule)
-                for plan in PLANS:
+                for plan in PASSES[precision]:
                     with chosen_plan(plan):
                         ours = results_of(moved(problem, device), "triton", *rule)
                     for i, (a, b, c) in enumerate(zip(ours, theirs, truth, strict=True)):
@@ -108,14 +108,15 @@ def check_right(device: torch.device, few: bool) -> str:
 def check_epoch_equals_steps(device: torch.device, few: bool) -> str:
     """A pass gives the bits of its steps taken one by one on gathered rows.
 
-    The plan may be chosen by the number of rows, so with "auto" all mini-batches are of one size.
+    The plan may be chosen by the number of rows, so where it is chosen all mini-batches are of one size.
     """
-    for precision, plan, case in itertools.product(SWITCHES[: 1 if few else None], PLANS, cases(few)):
+    runs = [(precision, plan) for precision in SWITCHES[: 1 if few else None] for plan in PASSES[precision]]
+    for (precision, plan), case in itertools.product(runs, cases(few)):
         whole, single = (moved(make_problem(**case), device) for _ in range(2))
         rows = whole.x.shape[0]
         batch = max(1, rows // 3)
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(device)
-        order = order[: rows // batch * batch] if plan == "auto" else order
+        order = order[: rows // batch * batch] if plan in ("auto", ONE_BARRIER) else order
         with chosen_plan(plan), matmul_precision(precision):
             values, norms = ops.sngd_epoch_(*whole.args[:4], order, batch, *whole.args[4:], 0.1, backend="triton")
             for step, chosen in enumerate(order.split(batch)):
@@ -134,7 +135,8 @@ def check_repeats(device: torch.device, few: bool) -> str:
     load = torch.randn(2048, 2048, device=device) if device.type == "cuda" else None
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     shapes = [SHAPES[0]] if few else [SHAPES[2], SHAPES[3], SHAPES[5], SHAPES[7]]
-    for precision, plan, (rows, n_in, widths) in itertools.product(SWITCHES[: 1 if few else None], PLANS, shapes):
+    runs = [(precision, plan) for precision in SWITCHES[: 1 if few else None] for plan in PASSES[precision]]
+    for (precision, plan), (rows, n_in, widths) in itertools.product(runs, shapes):
         first = None
         for _ in range(repeats):
             if stream is not None:
@@ -228,24 +230,27 @@ def check_short_blocks_and_models(device: torch.device, few: bool) -> str:
     def fresh(seed: int) -> torch.nn.Sequential:
         return net(n_in, 10 if few else 100, 10, seed=seed)  # tanh, which has no kink for a rounding to fall on either side of
 
-    for rule, parallel in itertools.product(rules, (False, True)):
+    for rule, parallel, precision in itertools.product(rules, (False, True), SWITCHES):
         schedule = dk.RoundRobin(rounds=2, inner_epochs=1, inner_steps=2, parallel=parallel)
-        settings = {"schedule": schedule, "relative_lr": True, "batch_size": 20}
+        settings = {"schedule": schedule, "relative_lr": True, "batch_size": 20, "precision": precision}
         trained = []
         for where, dtype, backend in (("cpu", torch.float64, "reference"), ("cpu", torch.float32, "reference"),
                                       (device, torch.float32, "triton")):  # fmt: skip
             model = fresh(0).to(where, dtype)
             dk.fit(model, x.to(where, dtype), y.to(where), backend=backend, shuffle=False, **rule, **settings)
             trained.append(weights(model).cpu())
-        assert_error_rule(f"{rule}, parallel {parallel}", trained[2], trained[1], trained[0])
+        if precision == "highest":
+            assert_error_rule(f"{rule}, parallel {parallel}", trained[2], trained[1], trained[0])
+        apart = (trained[2] - trained[0]).norm() / trained[0].norm()
+        assert apart < 0.01, f"{rule}, parallel {parallel}, {precision}: {apart:.1e}"
         alone, together = ([fresh(seed).to(device) for seed in range(3)] for _ in range(2))
         rates = [0.01, 0.02, 0.03]
         for model, lr in zip(alone, rates, strict=True):
             dk.fit(model, x.to(device), y.to(device), backend="triton", **rule | {"lr": lr}, **settings)
         dk.fit_many(together, x.to(device), y.to(device), backend="triton", **rule | {"lr": rates}, **settings)
         for i, (one, other) in enumerate(zip(alone, together, strict=True)):
-            assert torch.equal(weights(one), weights(other)), f"{rule}, parallel {parallel}: model {i}"
-    return "3 rules, in turn and in parallel"
+            assert torch.equal(weights(one), weights(other)), f"{rule}, parallel {parallel}, {precision}: model {i}"
+    return "3 rules, in turn and in parallel, in 2 precisions"
 
 
 def check_recorded_blocks(device: torch.device, few: bool) -> str:

@@ -20,26 +20,35 @@ from dante_kernels.kernels import cost, plan
 from dante_kernels.reproduce import runs
 from dante_kernels.reproduce.problems import Problem
 
-from .defaults_rows import in_turn
+from .defaults_rows import IN_PARALLEL, in_turn
 
 Row = dict[str, Any]
 ROWS = Path(__file__).parent / "results" / "passes.jsonl"
 TARGETS = {"784-100-10": 0.98, "784-400-200-100-10": 0.985}
-BATCH, BLOCK, SAMPLES = 100, 20, 60_000
+BATCH, SAMPLES = 100, 60_000
 PASSES = (4, 6, 8, 10, 12, 16)
 SEEDS = range(3)
-NAMES = {"dante": "DANTE", "sgd": "SGD with momentum", "mse": "MSE", "cross_entropy": "cross-entropy"}
-# Methods, their loss and rate: DANTE with what `fit` takes for blocks of 20 in turn, SGD with momentum at its best rate of the
-# study of the defaults (docs/defaults.md).
+NAMES = {"dante": "DANTE", "parallel": "DANTE in parallel", "sgd": "SGD with momentum"}
+NAMES |= {"mse": "MSE", "cross_entropy": "cross-entropy"}
+# Methods, their loss and rate: DANTE with what `fit` takes, in blocks of 20 in turn and in those that it takes for classes; SGD
+# with momentum at its best rate of the study of the defaults (docs/defaults.md).
 WAYS = {
     "784-100-10": (
         ("dante", "mse", None),
         ("dante", "cross_entropy", None),
+        ("parallel", "mse", None),
+        ("parallel", "cross_entropy", None),
         ("sgd", "mse", 1.0),
         ("sgd", "cross_entropy", 0.1),
     ),
-    "784-400-200-100-10": (("dante", "mse", None), ("sgd", "mse", 1.0), ("sgd", "cross_entropy", 0.03)),
+    "784-400-200-100-10": (
+        ("dante", "mse", None),
+        ("parallel", "mse", None),
+        ("sgd", "mse", 1.0),
+        ("sgd", "cross_entropy", 0.03),
+    ),
 }
+BLOCKS = {"dante": {"inner_steps": 20}, "parallel": IN_PARALLEL}
 
 
 def accuracies(rows: list[Row], net: str, way: tuple, passes: int) -> list[float]:
@@ -68,7 +77,7 @@ def train(net: str, way: tuple, passes: int, seed: int, split: data.Dataset) -> 
     else:
         model = runs.build(widths, "leaky_relu", "leaky_relu" if loss == "mse" else "identity", seed)
         lr, settings = in_turn(net, "leaky_relu", loss)
-        blocks = dk.RoundRobin(rounds=passes, inner_epochs=1, inner_steps=BLOCK)
+        blocks = dk.RoundRobin(rounds=passes, inner_epochs=1, **BLOCKS[method])
         steps = {"lr": lr, "relative_lr": True, "momentum": 0.9, "batch_size": BATCH, "seed": seed}
         dk.fit(model, split.x_train, split.y_train, loss=loss, schedule=blocks, **steps, **settings)
         _, accuracy = runs.evaluate(model, split.x_test, split.y_test, loss)
@@ -86,12 +95,13 @@ def missing(rows: list[Row], nets: list[str]) -> Iterator[tuple[str, tuple, int,
                     yield net, way, passes, seed
 
 
-def microseconds(net: str, method: str, precision: str, block: int = BLOCK) -> float:
+def microseconds(net: str, method: str, precision: str) -> float:
     """What a mini-batch takes by the model: a step of each layer with its part of a block, or a plain step of SGD."""
     widths = tuple(int(width) for width in net.split("-"))
     shapes = [plan.Shape(widths[i:], BATCH, momentum=True, precision=precision) for i in range(len(widths) - 1)]
     if method == "sgd":
         return cost.plain(shapes[0], plan.H200).microseconds
+    block = BLOCKS[method]["inner_steps"]
     whole = plan.blocks(shapes[0], block, plan.H200.multiprocessors)
     if whole is not None:  # a round is one launch
         return len(shapes) * whole.microseconds

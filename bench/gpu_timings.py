@@ -20,8 +20,11 @@ from support import Problem, make_problem
 
 from bench import gpu_limits
 from bench.peers.cuda_graph import graph_of
-from dante_kernels import losses, ops, reference
+from dante_kernels import kernels, losses, ops, reference
+from dante_kernels.kernels import one_launch, plan
+from dante_kernels.kernels.fused import Call
 from dante_kernels.ops import Layer
+from dante_kernels.ops.layer import flatten
 from dante_kernels.training.run import matmul_precision
 
 TIMED = [
@@ -32,17 +35,30 @@ MODELS = (1, 8, 32)
 SIDE_BY_SIDE = ((784, 100, 10), (784, 400, 200, 100, 10))  # in one launch; launches of their own, on streams
 OURS = "SNGD by the plan"
 BATCHES = (20, 100, 500)
-SWITCHES = ("highest", "high")  # "high" for the form with one barrier a step
+SWITCHES = ("highest", "high")  # "high" for tiles for matrix units
+PLANS = ("auto", "fused", "streamed", "library")  # as DANTE_GPU_PLAN names them
+ONE_BARRIER = "one barrier"
 
 
 @contextmanager
 def chosen_plan(name: str, graphs: str = "1") -> Iterator[None]:
-    """The GPU kernels take this plan, with CUDA graphs ("1") or launch by launch ("0")."""
-    os.environ |= {"DANTE_GPU_PLAN": name, "DANTE_CUDA_GRAPHS": graphs}
+    """The GPU kernels take this plan, with CUDA graphs ("1") or launch by launch ("0").
+
+    "auto" is the fastest by the model; `ONE_BARRIER` the same without the persistent plan's other tiles for one layer and
+    at most one after it.
+    """
+    others = {which: getattr(plan, which) for which in ("SHORT", "TALL", "LARGE", "MATRIX", "MATRIX_WIDE")}
+    os.environ |= {"DANTE_GPU_PLAN": "auto" if name == ONE_BARRIER else name, "DANTE_CUDA_GRAPHS": graphs}
+    if name == ONE_BARRIER:
+        vars(plan).update(dict.fromkeys(others, ()))
+        plan.choose.cache_clear(), plan.blocks.cache_clear()
     try:
         yield
     finally:
         del os.environ["DANTE_GPU_PLAN"], os.environ["DANTE_CUDA_GRAPHS"]
+        if name == ONE_BARRIER:
+            vars(plan).update(others)
+            plan.choose.cache_clear(), plan.blocks.cache_clear()
 
 
 def moved(problem: Problem, device: torch.device) -> Problem:
@@ -53,6 +69,17 @@ def moved(problem: Problem, device: torch.device) -> Problem:
 
     suffix = [Layer(move(w), move(b), phi) for w, b, phi in problem.suffix]
     return Problem(*(move(t) for t in problem.args[:4]), suffix, *problem.args[5:])
+
+
+def one_barrier(p: Problem, order: torch.Tensor, batch: int, lr: torch.Tensor) -> Callable[[], object] | None:
+    """A pass by the form with one barrier a step, its tiles chosen beforehand; None where it is not chosen even so."""
+    call = Call(*p.args[:4], order, batch, *flatten(p.suffix, p.activation), losses.code(p.loss), lr)
+    with chosen_plan(ONE_BARRIER):
+        found = kernels._choice([layer.weight for layer in call.layers], True, batch, p.x.dtype, call.loss, False)
+    if found.tiles is None or not found.tiles.one_barrier:
+        return None
+    model = one_launch.model(call)
+    return functools.partial(one_launch.run, [model], call.layers, batch, call.loss, 0.0, False, 1.0, found.tiles)
 
 
 def competitors(widths: tuple[int, ...], batch: int, device: torch.device) -> tuple[int, dict[str, Callable[[], object]]]:
@@ -66,8 +93,8 @@ def competitors(widths: tuple[int, ...], batch: int, device: torch.device) -> tu
     order = torch.randperm(count * batch, device=device)
     lr = torch.tensor(1e-3, device=device)
 
-    def sngd_by(plan: str, p: Problem) -> object:
-        with chosen_plan(plan):
+    def sngd_by(name: str, p: Problem) -> object:
+        with chosen_plan(name):
             return ops.sngd_epoch_(*p.args[:4], order, batch, *p.args[4:], lr, backend="triton")
 
     def sngd_torch(p: Problem) -> object:
@@ -88,9 +115,10 @@ def competitors(widths: tuple[int, ...], batch: int, device: torch.device) -> tu
             gradients = torch.autograd.grad(torch.nn.functional.mse_loss(h, one_hot[rows]), parameters)
             torch._foreach_add_([p.detach() for p in parameters], gradients, alpha=-1e-3)
 
-    calls: dict[str, Callable[[], object]] = {
-        f"{OURS} {plan}": functools.partial(sngd_by, plan, fresh()) for plan in ("auto", "fused", "streamed", "library")
-    }
+    calls: dict[str, Callable[[], object]] = {f"{OURS} {name}": functools.partial(sngd_by, name, fresh()) for name in PLANS}
+    with_one_barrier = one_barrier(fresh(), order, batch, lr)
+    if with_one_barrier:
+        calls[f"{OURS} {ONE_BARRIER}"] = with_one_barrier
     calls["torch SNGD in a CUDA graph"] = graph_of(functools.partial(sngd_torch, fresh())).replay
     calls["torch SGD in a CUDA graph"] = graph_of(sgd_torch).replay
     return count, calls

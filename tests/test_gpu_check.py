@@ -1,5 +1,6 @@
 """The script that proves the kernels on a GPU is rehearsed without one, so that it runs when there is one."""
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "bench" / "gpu_check.py"
 pytest.importorskip("triton", reason="the rehearsal interprets Triton kernels")
@@ -83,6 +85,29 @@ def test_what_is_measured_on_a_gpu_is_rehearsed(gpu_check):
     kinds = itertools.product(("20-8-10", "20-8-6-10"), ("highest", "high"), (1, 2))
     assert [(row["net"], row["precision"], row["models"]) for row in rows] == [*kinds]
     assert rows[2]["times_of_the_first"] == 1
+
+
+def test_the_form_with_one_barrier_is_checked_and_timed_whatever_is_faster(gpu_check, monkeypatch):
+    from support import make_problem
+
+    from dante_kernels.kernels import launcher, plan
+
+    assert all(gpu_check.ONE_BARRIER in gpu_check.PASSES[precision] for precision in ("high", "medium"))
+    shape = plan.Shape((784, 100, 10), 20, precision="high")
+    with gpu_check.chosen_plan(gpu_check.ONE_BARRIER):
+        assert plan.choose(shape, plan.H200, 132).tiles.one_barrier
+        assert plan.choose(shape._replace(batch=33), plan.H200, 132).plan != "persistent"
+    assert not plan.choose(shape, plan.H200, 132).tiles.one_barrier
+    launched = []
+    monkeypatch.setattr(launcher, "launch", lambda *args, **options: launched.append((args[1], options["ONE_BARRIER"])))
+    monkeypatch.setattr("dante_kernels.kernels._most_programs", lambda tensor: 132)
+    p = make_problem(seed=0, rows=40, n_in=784, widths=(100, 10))
+    timed = functools.partial(gpu_check.gpu_timings.one_barrier, p, torch.arange(40), lr=torch.tensor(0.1))
+    assert timed(batch=20) is None  # full float32 has no such form
+    with gpu_check.matmul_precision("high"):
+        timed(batch=20)()
+        assert timed(batch=33) is None
+    assert launched == [((13,), True)]
 
 
 def test_without_a_gpu_it_says_so(gpu_check, monkeypatch, capsys):

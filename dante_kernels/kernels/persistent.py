@@ -65,7 +65,7 @@ def persistent(
     Program (u, i) keeps W[units of u, inputs of i], and its velocity, in registers from the first step to the last; u has
     `share_out` <= BLOCK_OUT units, i has `share_in` <= SLICES BLOCK_IN inputs. A tile is (SLICES, BLOCK_OUT, BLOCK_IN), a
     warp, or two, for each slice of the inputs: so its products are split over the inner dimension, and no warp holds all of W.
-    With SLICES = 1, for matrix units, it is (BLOCK_OUT, BLOCK_IN). PARTS tiles of BLOCK_OUT / PARTS units each hold it. Of a
+    With SLICES = 1, for one barrier, it is (BLOCK_OUT, BLOCK_IN). PARTS tiles of BLOCK_OUT / PARTS units each hold it. Of a
     next layer it keeps the columns of u's units. Up to three barriers a step, or five with two layers after the active one:
 
     - with SPLIT_IN > 1: the partial Z = X W^T of a unit group's programs are exchanged in `z`, and each of them adds up

@@ -101,7 +101,15 @@ TALL += tuple(Sizes(128, *tile, 4, 8) for tile in ((16, 16), (16, 32), (32, 16))
 TALL_NEXT = 16
 
 # Likewise, but for mini-batches of any size, and for capability 9.0 alone.
-LARGE = Sizes(16, 64, 64, 4, 8, 4)
+LARGE = (Sizes(16, 64, 64, 4, 8, 4),)
+
+# For matrix units, where tf32 products are allowed, for capability 9.0 alone: only for mini-batches that are one tile, and at
+# most TALL_NEXT units of the next layer, but for any x; then those that spill but for float32 x, and those of rounds.
+MATRIX = tuple(Sizes(32, *tile) for tile in ((16, 16, 4, 4), (16, 32, 4, 4), (32, 16, 4, 4), (16, 32, 8, 8), (32, 16, 8, 8)))
+MATRIX += tuple(Sizes(64, *tile) for tile in ((16, 16, 4, 4), (16, 32, 4, 8), (32, 16, 4, 8)))
+MATRIX += tuple(Sizes(128, 16, 16, slices, 8) for slices in (4, 8))
+MATRIX_WIDE = (Sizes(32, 16, 64, 4, 4), Sizes(64, 16, 32, 8, 8))
+MATRIX_BOTH = tuple(Sizes(32, 16, *tile) for tile in ((32, 4, 4), (16, 8, 8), (32, 8, 8)))
 
 # With two layers after the active one, and the most units of both.
 DEEP, DEEP_WIDTHS = (Sizes(16, 16, 32, 4, 8), Sizes(16, 32, 32, 4, 8)), (256, 16)
@@ -111,6 +119,10 @@ DEEP, DEEP_WIDTHS = (Sizes(16, 16, 32, 4, 8), Sizes(16, 32, 32, 4, 8)), (256, 16
 # each tile those of each part of the units, of each number of X that a thread has, of each of Z before the slices' sum, and of
 # each of the next layer's; and how many times as many there are where both layers are trained.
 STEP, STEP_TILES, STEP_DEEP, TILE_PART, TILE_X, TILE_Z, TILE_NEXT, BESIDE_BOTH = 630, 950, 1750, 70, 12, 8, 70, 1.35
+
+# Likewise on matrix units: of a step, of each number of X that a thread has, of each unit and of each row; and how many times
+# as many there are where no layer follows.
+STEP_MATRIX, MATRIX_X, MATRIX_UNIT, MATRIX_ROW, MATRIX_LAST = 110, 14, 43, 7, 0.7
 
 # Likewise with one barrier: of a step, and of each number that a thread adds up.
 STEP_GRAM, GRAM_SUM = 1700, 1.55
@@ -141,8 +153,9 @@ def side_by_side(how: Persistent, models: int, most_programs: int, device: Devic
 
 
 def _persistent(
-    widths: tuple[int, ...], batch: int, sizes: Sizes, device: Device, momentum: bool = False, both: bool = False
-) -> Persistent:
+    widths: tuple[int, ...], batch: int, sizes: Sizes, device: Device, momentum: bool = False, both: bool = False,
+    precision: str = "ieee",
+) -> Persistent:  # fmt: skip
     rows, units, inputs, slices, warps, parts = sizes
     n_in, n_out, *suffix = widths
     split_out, split_in = -(-n_out // units), -(-n_in // (slices * inputs))
@@ -168,6 +181,9 @@ def _persistent(
         exchanged += (split_out + 1) * pieces
     elif tiles == 1 and parts == 1:
         instructions += STEP
+        if precision != "ieee":
+            instructions = STEP_MATRIX + MATRIX_X * slices * inputs * rows / threads + MATRIX_UNIT * units + MATRIX_ROW * rows
+            instructions *= 1 if suffix else MATRIX_LAST
         barriers = (split_in > 1) + (n_next > 0 and split_out > 1) + (programs > 1)
         exchanged = (slices * inputs + (split_in > 1) * split_in * units + (split_out > 1) * split_out * n_next) * batch
     else:
@@ -180,13 +196,11 @@ def _persistent(
         in_l1 = 4 * (slices * inputs * padded + kept) <= device.l1_bytes
         exchanged += 2 * kept + (0 if in_l1 else again)
     latency = barriers * (device.barrier + device.barrier_program * programs) + (tiles - 1) * device.tile
-    busy = (
-        products + threads * instructions * (BESIDE_BOTH if both else 1)
-    ) / 1e6 / device.fma + 4 * again * in_l1 / 1e6 / device.l1
+    busy = products / 1e6 / (device.fma if precision == "ieee" else device.rate(precision))
+    busy += threads * instructions * (BESIDE_BOTH if both else 1) / 1e6 / device.fma + 4 * again * in_l1 / 1e6 / device.l1
     drawn = 4 * exchanged / 1e6
-    how = Persistent(
-        rows, units, inputs, next_units, last_units, split_out, split_in, slices, parts, warps, "ieee", False, drawn, busy, 0.0
-    )
+    split = split_out, split_in, slices, parts, warps
+    how = Persistent(rows, units, inputs, next_units, last_units, *split, precision, False, drawn, busy, 0.0)
     return how._replace(microseconds=latency + _shared(how, programs, device.multiprocessors, device))
 
 
@@ -207,6 +221,28 @@ def _one_barrier(
     return how._replace(microseconds=latency + _shared(how, split_in, device.multiprocessors, device))
 
 
+def _may_use_tf32(shape: Shape, device: Device) -> bool:
+    return device.hopper and shape.precision != "highest"
+
+
+def _sizes(shape: Shape, device: Device, both: bool) -> list[tuple[Sizes, str]]:
+    """The tiles that a pass, or with `both` a round, may have, and the arithmetic of their products."""
+    n_next, x_dtype = (*shape.widths[2:], 0)[0], shape.x_dtype
+    plain, matrix = (BOTH, MATRIX_BOTH) if both else (SHORT, MATRIX)
+    if len(shape.widths) == 4:
+        plain, matrix = DEEP, ()
+    elif n_next > TALL_NEXT:
+        matrix = ()
+    elif not both:
+        if x_dtype != torch.bfloat16:
+            plain += tuple(tile for tile in TALL if shape.batch <= tile.rows) + LARGE * device.hopper
+        if x_dtype == torch.float32:
+            matrix += MATRIX_WIDE
+    if not _may_use_tf32(shape, device):
+        matrix = ()
+    return [(tile, "ieee") for tile in plain] + [(tile, "tf32") for tile in matrix if shape.batch <= tile.rows]
+
+
 def persistent(
     shape: Shape, most_programs: int, device: Device = H200, both: bool = False, near: float = NEAR
 ) -> Persistent | None:
@@ -215,23 +251,20 @@ def persistent(
     So that several models run side by side, with the tiles, and the bits, of each alone. None where the plan does not serve.
 
     It serves the last three layers, where the layer fits the registers of at most `most_programs` programs.
-    Its arithmetic is plain float32 whatever the precision switch allows: that costs little there, and tf32 needs registers
-    that the tiles have. Only the form with one barrier a step has its products on the matrix units, in the switch's
-    precision. Times up to `near` times the fastest count as equal. `both` says that the last layer is trained too, in turn
-    with the one before it.
+    Its arithmetic is plain float32; where tf32 products are allowed, there are tiles for the matrix units, too, and the form
+    with one barrier a step, which has the switch's precision. Times up to `near` times the fastest count as equal. `both` says
+    that the last layer is trained too, in turn with the one before it.
     """
     n_in, n_out, *suffix = shape.widths
     n_next, batch = suffix[0] if suffix else 0, shape.batch
     if len(suffix) > 2 or (len(suffix) < 2 and n_next > (16 if both else 64)):
         return None
-    sizes = BOTH if both else SHORT
-    if len(suffix) == 2:
-        if n_next > DEEP_WIDTHS[0] or suffix[1] > DEEP_WIDTHS[1]:
-            return None
-        sizes = DEEP
-    elif not both and shape.x_dtype != torch.bfloat16 and n_next <= TALL_NEXT:
-        sizes += tuple(tile for tile in TALL if batch <= tile.rows) + (LARGE,) * device.hopper
-    sized = (_persistent(shape.widths, batch, tile, device, shape.momentum, both) for tile in sizes)
+    if len(suffix) == 2 and (n_next > DEEP_WIDTHS[0] or suffix[1] > DEEP_WIDTHS[1]):
+        return None
+    sized = (
+        _persistent(shape.widths, batch, sizes, device, shape.momentum, both, precision)
+        for sizes, precision in _sizes(shape, device, both)
+    )
     fitting = [
         tiles
         for tiles in sized
@@ -240,7 +273,7 @@ def persistent(
         and not (shape.loss == losses.CROSS_ENTROPY and not suffix and tiles.split_out > 1)
     ]
     fits = len(suffix) < 2 and batch <= ONE_BARRIER_ROWS and n_out <= ONE_BARRIER_UNITS
-    if device.hopper and shape.precision != "highest" and not both and fits:
+    if _may_use_tf32(shape, device) and not both and fits:
         inputs = ONE_BARRIER_INPUTS[shape.momentum or shape.x_dtype == torch.bfloat16]
         tiles = _one_barrier(n_out, n_in, n_next, batch, inputs, "tf32" if shape.precision == "high" else "bf16", device)
         if 1 < tiles.split_in <= most_programs:
@@ -263,11 +296,11 @@ def blocks(shape: Shape, steps: float, most_programs: int, device: Device = H200
     if len(shape.widths) != 3:
         return None
     both = persistent(shape, most_programs, device, both=True)
-    last = shape._replace(widths=shape.widths[1:], x_dtype=torch.float32)
-    alone = [persistent(one, most_programs, device) for one in (shape, last)]
-    if both is None or None in alone or wanted == "persistent":
+    if both is None or wanted == "persistent":
         return both
-    in_turn = steps * sum(tiles.microseconds for tiles in alone if tiles) + 2 * cost.block(shape, steps, device)
+    last = shape._replace(widths=shape.widths[1:], x_dtype=torch.float32)
+    alone = sum(choose(one, device, most_programs).microseconds for one in (shape, last))
+    in_turn = steps * alone + 2 * cost.block(shape, steps, device)
     return both if 2 * steps * both.microseconds < SHARED * in_turn else None
 
 
@@ -311,7 +344,7 @@ def _persistent_cost(tiles: Persistent, shape: Shape, most_programs: int, device
     """The persistent plan's cost; its limit is what would save the most if it took no time."""
     free = {
         "barriers": device._replace(barrier=0.0, barrier_program=0.0),
-        "arithmetic": device._replace(fma=float("inf")),
+        "arithmetic": device._replace(fma=float("inf"), tf32=float("inf"), bf16=float("inf")),
         "L2": device._replace(l2_per_multiprocessor=float("inf"), l2=float("inf"), l1=float("inf")),
     }
     without = {limit: persistent(shape, most_programs, better) or tiles for limit, better in free.items()}
@@ -380,6 +413,9 @@ def choose(shape: Shape, device: Device, most_programs: int, wanted: str = "auto
     of_launches = {"streamed": cost.streamed, "fused": cost.fused, "library": cost.library}
     costs = {name: model(shape, device) for name, model in of_launches.items()}
     tiles = persistent(shape, most_programs, device)
+    fastest_other = min(of_plan.microseconds for of_plan in costs.values())
+    if tiles is not None and tiles.microseconds > fastest_other:
+        tiles = persistent(shape, most_programs, device, near=1.0)  # room for more models is not worth another plan
     if tiles is not None:
         costs["persistent"] = _persistent_cost(tiles, shape, most_programs, device)
     elif wanted == "persistent":

@@ -43,7 +43,9 @@ class LayerPlan:
         tiles = self.choice.tiles
         if tiles is None:
             return f"{self.choice.launches} launches a step"
-        return f"{tiles.split_out} x {tiles.split_in} programs of {tiles.units} x {tiles.slices * tiles.inputs} weights"
+        arithmetic = {"ieee": "float32", "bf16": "bfloat16"}.get(tiles.precision, tiles.precision)
+        how = f"{tiles.split_out} x {tiles.split_in} programs of {tiles.units} x {tiles.slices * tiles.inputs} weights"
+        return f"{how}, {arithmetic}{', one barrier' * tiles.one_barrier}"
 
 
 class Blocks(NamedTuple):

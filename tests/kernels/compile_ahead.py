@@ -113,13 +113,16 @@ PERSISTENT_CASES = [
     ((12288, 60), 20, "cross_entropy", LEAKY, "highest", "momentum"),
 ]
 
-# widths, batch, with momentum and rates relative to the layer's norm, models
-# widths, batch, whether with momentum and relative rates, models, blocks of a cycle that are in parallel
+# widths, batch, whether with momentum and relative rates, models, blocks of a cycle that are in parallel, precision, type of x
 BLOCKS_CASES = [
-    ((784, 100, 10), 20, True, 1, 0),
-    ((784, 100, 10), 20, True, 1, 2),
-    ((784, 100, 10), 100, False, 1, 0),
-    ((784, 100, 10), 20, True, 2, 0),
+    ((784, 100, 10), 20, True, 1, 0, "highest", torch.float32),
+    ((784, 100, 10), 20, True, 1, 2, "highest", torch.float32),
+    ((784, 100, 10), 100, False, 1, 0, "highest", torch.float32),
+    ((784, 100, 10), 20, True, 2, 0, "highest", torch.float32),
+    ((784, 100, 10), 20, True, 1, 2, "highest", torch.uint8),
+    ((784, 100, 10), 20, True, 1, 2, "high", torch.float32),
+    ((784, 100, 10), 20, True, 1, 2, "high", torch.uint8),
+    ((784, 100, 10), 20, True, 2, 2, "high", torch.float32),
 ]
 
 LIBRARY_CASES = [
@@ -211,12 +214,12 @@ def serves(widths, batch, loss, activation, precision, special) -> bool:
 def run_case(widths, batch, loss, activation, precision, special) -> None:
     """Call the operators as a user would, so that everything they launch is collected."""
     torch.set_float32_matmul_precision(precision)
-    dtype = torch.bfloat16 if special == "bfloat16" else torch.uint8 if "uint8" in special else torch.float32
+    dtype = torch.bfloat16 if "bfloat16" in special else torch.uint8 if "uint8" in special else torch.float32
     x_scale = 1 / 255 if dtype == torch.uint8 else 1.0
     x = torch.zeros(2 * batch, widths[0], dtype=dtype)
     weights = [torch.zeros(n_out, n_in) for n_in, n_out in itertools.pairwise(widths)]
     biases = [torch.zeros(n_out) for n_out in widths[1:]]
-    if special == "transposed":
+    if "transposed" in special:
         weights[0] = torch.zeros(widths[0], widths[1]).t()
     velocities = [torch.zeros_like(weights[0]), torch.zeros_like(biases[0])] if "momentum" in special else [None, None]
     classes = widths[-1] in (10, 30)
@@ -241,39 +244,52 @@ def run_case(widths, batch, loss, activation, precision, special) -> None:
 
 def run_all_tiles() -> None:
     """Passes and rounds with each of the persistent plan's tiles, whatever the model chooses, as one tile and as several."""
-    lists = {name: getattr(plan, name) for name in ("SHORT", "TALL", "DEEP", "BOTH")}
+    names = ("SHORT", "TALL", "DEEP", "BOTH", "LARGE", "MATRIX", "MATRIX_WIDE", "MATRIX_BOTH")
+    lists = {name: getattr(plan, name) for name in names}
     kernels._most_programs = lambda tensor: 1000
-    plan.H200 = plan.H200._replace(hopper=False)  # neither large tiles nor one barrier
+    plan.ONE_BARRIER_ROWS = 0
     for name, tiles in lists.items():
+        if name == "LARGE":  # chosen for some of the cases above
+            continue
+        matrix, x_dtype = "MATRIX" in name, torch.float32 if name == "MATRIX_WIDE" else torch.uint8
+        precision, narrow = "high" if matrix else "highest", "" if name == "MATRIX_WIDE" else "uint8 "
         for tile in tiles:
             for other in lists:
                 setattr(plan, other, (tile,) if other == name else ())
             plan.choose.cache_clear()
             plan.blocks.cache_clear()
-            for batch in (tile.rows, 3 * tile.rows)[: 1 if name == "TALL" else 2]:
-                if name == "BOTH":
-                    for cycle in (0, 2):
-                        run_blocks((784, 100, 10), batch, True, 2, cycle)
+            for batch in (tile.rows, 3 * tile.rows)[: 1 if matrix or name == "TALL" else 2]:
+                if "BOTH" in name:
+                    for cycle, dtype in itertools.product((0, 2), (torch.float32, x_dtype)):
+                        run_blocks((784, 100, 10), batch, True, 2, cycle, precision, dtype)
                 elif name == "DEEP":
-                    run_case((784, 100, 200, 10), batch, "cross_entropy", TANH, "highest", "uint8 momentum, two models")
+                    run_case((784, 100, 200, 10), batch, "cross_entropy", TANH, precision, "uint8 momentum, two models")
                 else:
-                    run_case((784, 100, 10), batch, "cross_entropy", TANH, "highest", "uint8 momentum, two models")
-                    run_case((784, 100), batch, "mse", SIGMOID, "highest", "momentum, two models")
+                    run_case((784, 100, 10), batch, "cross_entropy", TANH, precision, narrow + "momentum, two models")
+                    run_case((784, 100), batch, "mse", SIGMOID, precision, "momentum, two models")
+                    if matrix:
+                        run_case((783, 99, 9), batch, "mse", TANH, precision, "momentum")
+                        run_case((784, 100, 10), batch, "mse", LEAKY, precision, "momentum transposed, two models")
+                    if name == "MATRIX":
+                        run_case((784, 100, 10), batch, "cross_entropy", TANH, precision, "bfloat16 momentum, two models")
                     if name == "SHORT":
-                        run_case((784, 128, 64), batch, "binary_cross_entropy", SIGMOID, "highest", "uint8 two models")
+                        run_case((784, 128, 64), batch, "binary_cross_entropy", SIGMOID, precision, "uint8 two models")
 
 
-def run_blocks(widths, batch, full, models, cycle) -> None:
+def run_blocks(widths, batch, full, models, cycle, precision, x_dtype) -> None:
     """Two layers' blocks in one launch, as `fit` asks for it, or `fit_many` for several models."""
+    torch.set_float32_matmul_precision(precision)
     weights = [torch.zeros(n_out, n_in) for n_in, n_out in itertools.pairwise(widths)]
     biases = [torch.zeros(n_out) for n_out in widths[1:]]
     velocities = [[torch.zeros_like(t) if full else None for t in tensors] for tensors in (weights, biases)]
     code, momentum = losses.code("mse"), 0.9 if full else 0.0
-    tiles = kernels.blocks_tiles(list(widths), batch, code, full, 1.0, torch.zeros(batch, widths[0]))
+    x = torch.zeros(batch, widths[0], dtype=x_dtype)
+    tiles = kernels.blocks_tiles(list(widths), batch, code, full, 1.0, x)
     schedule = torch.tensor([[0, batch, layer, layer] for layer in range(2)])
     call = (
-        weights, biases, torch.zeros(batch, widths[0]), torch.zeros(batch, widths[-1]), torch.arange(batch), schedule, batch,
-        LEAKY * 2, code, torch.zeros(2), *velocities, momentum, full, 1.0, full, False, cycle, tiles,
+        weights, biases, x, torch.zeros(batch, widths[-1]), torch.arange(batch), schedule, batch,
+        LEAKY * 2, code, torch.zeros(2), *velocities, momentum, full, 1 / 255 if x_dtype == torch.uint8 else 1.0, full, False,
+        cycle, tiles,
     )  # fmt: skip
     kernels.sngd_blocks_([call] * models)
 
@@ -342,6 +358,11 @@ def barriers_of_a_program(constexprs: dict) -> int:
     return 2 * barriers(constexprs) + (1 + deep) * (single + alone) + rest
 
 
+def for_hopper_alone(label: str, constexprs: dict) -> bool:
+    """Whether the plan chooses a specialization for no other capability: large tiles, and those for matrix units."""
+    return label.startswith("persistent") and (constexprs["PRECISION"] != "ieee" or constexprs["PARTS"] > 1)
+
+
 def compile_one(capability, label, kernel, signature, constexprs, attributes, options, folder) -> dict:
     """One specialization compiled for one compute capability."""
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
@@ -388,9 +409,15 @@ def main() -> None:
     os.environ[plan.ENVIRONMENT_VARIABLE] = "auto"
     for blocks_case in BLOCKS_CASES:
         run_blocks(*blocks_case)
+    os.environ[plan.ENVIRONMENT_VARIABLE] = "persistent"
+    matrix, plan.MATRIX, plan.MATRIX_WIDE = (plan.MATRIX, plan.MATRIX_WIDE), (), ()
+    plan.choose.cache_clear()
+    for case in persistent:  # those of the form with one barrier, which has to be faster than other tiles for matrix units
+        if case[4] != "highest":
+            run_case(*case)
+    plan.MATRIX, plan.MATRIX_WIDE = matrix
     if given.all_tiles:
         chosen = {*collector.found}
-        os.environ[plan.ENVIRONMENT_VARIABLE] = "persistent"
         run_all_tiles()
         for key in {*collector.found} - chosen:
             collector.found[key] = (collector.found[key][0] + NOT_CHOSEN, *collector.found[key][1:])
@@ -400,7 +427,7 @@ def main() -> None:
             compile_one(capability, *entry, folder)
             for capability in capabilities
             for entry in collector.found.values()
-            if capability == 90 or not (entry[3].get("ONE_BARRIER") or entry[3].get("PARTS", 1) > 1)  # chosen for no other
+            if capability == 90 or not for_hopper_alone(entry[0], entry[3])
         ]
         print(json.dumps(found))
 

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from interleave import interleaved
-from one_pass import MEET, ONLY_ARRIVE, ends, mutant, tiles
+from one_pass import MEET, ONLY_ARRIVE, WAIT, ends, mutant, tiles
 from support import LOSSES, Problem, assert_error_rule, make_problem
 
 from dante_kernels import kernels, losses, reference
@@ -64,8 +64,10 @@ def expected(p: Problem, order, table, dtype, momentum, nesterov, relative, rese
     return [*state, *(torch.stack(part) for part in zip(*results, strict=True))]
 
 
-def run(p: Problem, batch, order, table, seed=0, momentum=0.0, nesterov=False, relative=False, reset=False, parallel=False):
-    """The same by the kernel."""
+def run(
+    p: Problem, batch, order, table, seed=0, momentum=0.0, nesterov=False, relative=False, reset=False, parallel=False, rows=16
+):  # fmt: skip
+    """The same by the kernel, in tiles of so many rows."""
     weights, biases, activations = flatten(p.suffix, p.activation)
     weights, biases = [p.weight, *weights], [p.bias, *biases]
     velocity_weights = [torch.zeros_like(w) if momentum else None for w in weights]
@@ -73,7 +75,7 @@ def run(p: Problem, batch, order, table, seed=0, momentum=0.0, nesterov=False, r
     call = (
         weights, biases, p.x, p.target, order, table, batch, activations, losses.code(p.loss), torch.tensor(RATES),
         velocity_weights, velocity_biases, momentum, nesterov, 1.0, relative, reset, 2 * parallel,
-        tiles(p, batch)._replace(rows=16),
+        tiles(p, batch)._replace(rows=rows),
     )  # fmt: skip
     with interleaved(seed):
         (result,) = kernels.sngd_blocks_([call])
@@ -81,11 +83,13 @@ def run(p: Problem, batch, order, table, seed=0, momentum=0.0, nesterov=False, r
     return [*state, *result]
 
 
-# one program; units split; inputs split; both; then the first and the last again with mini-batches of several tiles
+# one program; units split; inputs split; both; then the first and the last again with mini-batches of more tiles
 SHAPES = [(40, (15, 10), 20), (40, (40, 10), 20), (70, (12, 7), 20), (70, (37, 10), 20), (40, (15, 10), 40), (70, (37, 10), 40)]
+# and all but the first with mini-batches of one tile, which is what `fit` mostly gives
+ROWS = [*((shape, 16) for shape in SHAPES), *((shape, 32) for shape in SHAPES[1:4])]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "rows"), ROWS, ids=str)
 @pytest.mark.parametrize(
     "how",
     [
@@ -93,14 +97,14 @@ SHAPES = [(40, (15, 10), 20), (40, (40, 10), 20), (70, (12, 7), 20), (70, (37, 1
         {"parallel": True}, {"momentum": 0.9, "relative": True, "parallel": True},
     ],
 )  # fmt: skip
-def test_blocks_are_those_of_the_reference(shape, how):
+def test_blocks_are_those_of_the_reference(shape, rows, how):
     n_in, widths, batch = shape
     p = make_problem(seed=20, rows=50, n_in=n_in, widths=widths, loss=LOSSES[len(how) % 3], bias="nesterov" not in how)
     order = torch.cat([torch.randperm(50, generator=torch.Generator().manual_seed(i)) for i in range(2)])
     table = schedule(50, batch)
     settings = {"momentum": 0.0, "nesterov": False, "relative": False, "reset": False} | how
     truths = [expected(p, order, table, dtype, **settings) for dtype in (torch.float32, torch.float64)]
-    got = run(p, batch, order, table, **how)
+    got = run(p, batch, order, table, rows=rows, **how)
     for i, (ours, theirs, exact) in enumerate(zip(got, *truths, strict=True)):
         assert_error_rule(f"result {i}", ours, theirs, exact)
 
@@ -120,13 +124,14 @@ def test_a_relative_rate_is_one_of_1_for_a_layer_of_norm_zero(shape):
         assert_error_rule(f"result {i}", ours, theirs, exact)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[5]], ids=str)
-def test_unfair_schedules_give_the_same_bits(shape, unfair):
+@pytest.mark.parametrize(("shape", "rows"), [ROWS[3], ROWS[5], *ROWS[-3:]], ids=str)
+def test_unfair_schedules_give_the_same_bits(shape, rows, unfair):
     n_in, widths, batch = shape
     p = make_problem(seed=21, rows=50, n_in=n_in, widths=widths)
     order, table = torch.arange(100) % 50, schedule(50, batch)
     results = [
-        torch.cat([t.flatten() for t in run(p.clone(), batch, order, table, seed, 0.9, relative=True)]) for seed in unfair
+        torch.cat([t.flatten() for t in run(p.clone(), batch, order, table, seed, 0.9, relative=True, rows=rows)])
+        for seed in unfair
     ]
     assert all(torch.equal(results[0], other) for other in results[1:])
 
@@ -136,6 +141,11 @@ BLOCK_MUTANTS = {
     "rates that are not relative": ("if RELATIVE:\n", 0, "if False:\n", {"relative": True}),
     "no wait for the sums of a relative rate": (MEET, 0, ONLY_ARRIVE, {"relative": True}),
     "no barrier for the sums of a relative rate": (MEET, 0, "pass\n", {"relative": True}),
+    "no wait for those sums with one tile": (MEET, 0, ONLY_ARRIVE, {"relative": True, "rows": 32}),
+    "no barrier for those sums with one tile": (MEET, 0, "pass\n", {"relative": True, "rows": 32}),
+    "no wait for Z with one tile": (MEET, 1, ONLY_ARRIVE, {"rows": 32}),
+    "no wait for the next layer with one tile": (MEET, 2, ONLY_ARRIVE, {"rows": 32}),
+    "no wait for the norm with one tile": (WAIT, 1, "sense = ~sense\n", {"rows": 32}),
     "velocities that are kept": ("if RESET:\n", 0, "if False:\n", {"momentum": 0.5, "reset": True}),
     "the first block's rate for all": ("lr = tl.load(p_lr + block)", 0, "lr = tl.load(p_lr)", {}),
     "steps of the hidden layer alone": ("now = moves & (acted == 1)", 0, "now = moves & (acted == 2)", {}),
@@ -159,7 +169,8 @@ def test_the_schedules_see_what_blocks_lack(name, schedules, tmp_path, monkeypat
     p, order, table = make_problem(seed=21, rows=50, n_in=70, widths=(37, 10)), torch.arange(100) % 50, schedule(50, 20)
     right = run(p.clone(), 20, order, table, **settings)
     monkeypatch.setattr(kernels.one_launch, "run", changed)
-    for seed in schedules if "sums" in name else schedules[:1]:  # the others are wrong under every schedule alike
+    under = schedules if re.search("wait|barrier", name) else schedules[:1]  # the others are wrong under every schedule alike
+    for seed in under:
         barrier._counters.clear()
         got = []
         ended = ends(lambda seed=seed, got=got: got.extend(run(p.clone(), 20, order, table, seed, **settings)))

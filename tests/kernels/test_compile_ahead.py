@@ -61,12 +61,22 @@ def test_each_tile_is_compiled(compiled: list[dict], capabilities: list[int]) ->
         pytest.skip("with --nightly")
     names = ("BLOCK_B", "BLOCK_OUT", "BLOCK_IN", "SLICES")
     found = {
-        (*(e["constants"][name] for name in names), e["warps"], e["constants"]["PARTS"], "blocks" in e["kernel"])
+        (
+            *(e["constants"][name] for name in names),
+            e["warps"],
+            e["constants"]["PARTS"],
+            e["kernel"].split()[1],
+            "blocks" in e["kernel"],
+        )
         for e in compiled
         if "persistent" in e["kernel"]
     }
-    lists = (plan.SHORT, plan.TALL, plan.DEEP, (plan.LARGE,))
-    assert found >= {(*tile, False) for tiles in lists for tile in tiles} | {(*tile, True) for tile in plan.BOTH}
+    plain, matrix = (plan.SHORT, plan.TALL, plan.DEEP, plan.LARGE), (plan.MATRIX, plan.MATRIX_WIDE)
+    wanted = {(*tile, "ieee", False) for tiles in plain for tile in tiles} | {(*tile, "ieee", True) for tile in plan.BOTH}
+    wanted |= {(*tile, "tf32", False) for tiles in matrix for tile in tiles} | {
+        (*tile, "tf32", True) for tile in plan.MATRIX_BOTH
+    }
+    assert found >= wanted
 
 
 def offenders(compiled: list[dict], wrong) -> list[str]:
@@ -83,15 +93,20 @@ def allowed(e: dict) -> tuple[int, int]:
     All of them keep up to 16 bytes of addresses there for their end. For sm_100 one with uint8 data keeps more before its first
     step, and goes there seven times in a step, and another one three times; for sm_80 tiles of 128 rows go there twice. For
     models side by side one of large tiles with uint8 data goes there once; so does one with one barrier, and keeps more for its
-    end; so does one of blocks in parallel in tiles of 32 units; and several tiles of rows of uint8 data before 64 units keep
-    more.
+    end; one of blocks in parallel in tiles of 32 units does twice; several tiles of rows of uint8 data before 64 units keep
+    more; rounds on matrix units in tiles of 4 warps keep more for their end; and the tiles with the most inputs there go to the
+    stack up to three times with transposed weights.
     """
     if "persistent" not in e["kernel"]:
         return 0, 0
-    if ", models" in e["kernel"] and "ieee" not in e["kernel"]:
+    if ", models" in e["kernel"] and e["constants"]["ONE_BARRIER"]:
         return 288, 1
+    if "tf32" in e["kernel"] and ", blocks" in e["kernel"] and e["warps"] == 4:
+        return 48 if ", models" in e["kernel"] else 24, 0
     if ", models, blocks in parallel" in e["kernel"] and e["constants"]["BLOCK_OUT"] == 32 and not e["constants"]["ONE_TILE"]:
-        return 24, 1
+        return 24, 2
+    if e["kernel"].startswith("persistent tf32 32x16x64 x 4 warps"):
+        return 16, 3
     if e["kernel"].endswith("parts, models of uint8"):
         return 16, 1
     if ", models of uint8" in e["kernel"] and e["constants"]["BLOCK_NEXT"] == 64 and not e["constants"]["ONE_TILE"]:
@@ -140,13 +155,19 @@ def test_a_step_has_as_many_instructions_as_the_model_counts(compiled: list[dict
             continue
         if c["KIND"] or c["LOSS"] or "*u8" in e["specialization"]:
             continue
-        numbers = c["SLICES"] * (plan.TILE_X * c["BLOCK_IN"] + plan.TILE_Z * c["BLOCK_OUT"])
-        numbers += plan.TILE_NEXT * c["BLOCK_NEXT"] * ("'p_next_weight': '*fp32'" in e["specialization"])
-        counted = plan.STEP + plan.TILE_PART + numbers * c["BLOCK_B"] / (plan.LANES * e["warps"])
+        own, has_next = c["BLOCK_B"] / (plan.LANES * e["warps"]), "'p_next_weight': '*fp32'" in e["specialization"]
+        if c["PRECISION"] == "ieee":
+            numbers = c["SLICES"] * (plan.TILE_X * c["BLOCK_IN"] + plan.TILE_Z * c["BLOCK_OUT"])
+            numbers += plan.TILE_NEXT * c["BLOCK_NEXT"] * has_next
+            counted = plan.STEP + plan.TILE_PART + numbers * own
+        else:
+            counted = plan.STEP_MATRIX + plan.MATRIX_X * c["SLICES"] * c["BLOCK_IN"] * own
+            counted += plan.MATRIX_UNIT * c["BLOCK_OUT"] + plan.MATRIX_ROW * c["BLOCK_B"]
+            counted *= 1 if has_next else plan.MATRIX_LAST
         counted *= plan.BESIDE_BOTH if "blocks" in e["kernel"] else 1
         found, checked = e["instructions"] - e["multiply_adds"], checked + 1
         assert 0.75 * counted < found < 1.25 * counted, f"{e['kernel']}: {found}, by the model {counted:.0f}"
-    assert checked > 5
+    assert checked > 10
 
 
 def test_no_kernel_is_a_trap(compiled: list[dict]) -> None:

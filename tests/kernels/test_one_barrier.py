@@ -166,18 +166,23 @@ def test_the_model_chooses_it_where_tf32_is_allowed():
         return plan.persistent(shape, most, device)
 
     for precision in ("high", "medium"):
-        how = chosen([784, 100, 10], 20, precision)
+        how = chosen([784, 100, 64], 20, precision)
         assert how.one_barrier
         assert (how.split_out, how.split_in, how.precision) == (1, 13, "tf32" if precision == "high" else "bf16")
-        how = chosen([200, 100, 10], 5, precision, momentum=True)
+        how = chosen([300, 100, 20], 5, precision, momentum=True)
         assert how.one_barrier
-        assert how.split_in == 7
+        assert how.split_in == 10
+    # With at most 16 units after it, tiles for the matrix units exchange less, and wait more often.
+    assert [chosen([784, 100, 10], 20, "high", device=plan.H200._replace(barrier=b)).one_barrier for b in (0.7, 1)] == [
+        False,
+        True,
+    ]
     for how in (
-        chosen([784, 100, 10], 20, "highest"),
-        chosen([784, 100, 10], 33, "high"),
-        chosen([784, 129, 10], 20, "high"),
-        chosen([784, 100, 10], 20, "high", most=12),
-        chosen([784, 100, 10], 20, "high", device=plan.H200._replace(hopper=False)),
+        chosen([784, 100, 64], 20, "highest"),
+        chosen([784, 100, 64], 33, "high"),
+        chosen([784, 129, 64], 20, "high"),
+        chosen([784, 100, 64], 20, "high", most=12),
+        chosen([784, 100, 64], 20, "high", device=plan.H200._replace(hopper=False)),
         chosen([20, 15, 10], 20, "high"),
     ):
         assert how is None or not how.one_barrier

@@ -129,10 +129,14 @@ def test_the_paper_s_net_with_its_49_programs():
     assert_pass_is_right(p, 20, how)
 
 
-@pytest.mark.parametrize(("batch", "sizes"), [(50, plan.TALL[0]), (100, plan.TALL[-1])], ids=str)
-def test_a_mini_batch_of_many_rows_is_one_tile(batch, sizes, monkeypatch):
+ONE_TILE = [(50, plan.TALL[0], "ieee"), (100, plan.TALL[-1], "ieee")]
+ONE_TILE += [(20, plan.MATRIX_WIDE[0], "tf32"), (50, plan.MATRIX_WIDE[-1], "tf32"), (100, plan.MATRIX[-1], "tf32")]
+
+
+@pytest.mark.parametrize(("batch", "sizes", "precision"), ONE_TILE, ids=str)
+def test_a_mini_batch_of_many_rows_is_one_tile(batch, sizes, precision, monkeypatch):
     p = make_problem(seed=8, rows=2 * batch + 30, n_in=150, widths=(37, 10))
-    how = plan._persistent((150, 37, 10), batch, sizes, plan.H200)
+    how = plan._persistent((150, 37, 10), batch, sizes, plan.H200, precision=precision)
     whole, launch = [], launcher.launch
     monkeypatch.setattr(launcher, "launch", lambda *a, **options: whole.append(options["ONE_TILE"]) or launch(*a, **options))
     assert_pass_is_right(p, batch, how, momentum=0.9)
@@ -179,7 +183,7 @@ def test_a_hidden_unit_beyond_float32_saturates_the_next_layer_and_no_more():
 def test_the_largest_tiles(widths, momentum, request):
     if widths[0] == 3072 and not request.config.getoption("--nightly"):
         pytest.skip("40 seconds: with --nightly")
-    how = plan._persistent(widths, 20, plan.LARGE, plan.H200, momentum > 0)
+    how = plan._persistent(widths, 20, plan.LARGE[0], plan.H200, momentum > 0)
     n_in, *rest = widths
     assert_pass_is_right(make_problem(seed=8, rows=23, n_in=n_in, widths=rest), 20, how, momentum=momentum)
 

@@ -46,7 +46,7 @@ def test_the_table_has_each_layer_s_plan_why_time_and_limit():
         assert f"layer {i}: {layer.choice.plan}, since {layer.choice.why}" in text
     assert found.layers[0].how == "9 launches a step"
     assert found.layers[0].launched == 9 * plan.H200.host_launch
-    assert found.layers[1].how == "7 x 4 programs of 32 x 128 weights"
+    assert found.layers[1].how == "7 x 4 programs of 32 x 128 weights, float32"
     seconds = sum(layer.choice.microseconds for layer in found.layers) / 1e6
     assert found.samples_per_second == pytest.approx(20 / seconds)
     assert f"{found.samples_per_second:,.0f} samples/s, modelled" in text
