@@ -51,14 +51,16 @@ def chosen_plan(name: str, graphs: str = "1") -> Iterator[None]:
     os.environ |= {"DANTE_GPU_PLAN": "auto" if name == ONE_BARRIER else name, "DANTE_CUDA_GRAPHS": graphs}
     if name == ONE_BARRIER:
         vars(plan).update(dict.fromkeys(others, ()))
-        plan.choose.cache_clear(), plan.blocks.cache_clear()
+        plan.choose.cache_clear()
+        plan.blocks.cache_clear()
     try:
         yield
     finally:
         del os.environ["DANTE_GPU_PLAN"], os.environ["DANTE_CUDA_GRAPHS"]
         if name == ONE_BARRIER:
             vars(plan).update(others)
-            plan.choose.cache_clear(), plan.blocks.cache_clear()
+            plan.choose.cache_clear()
+            plan.blocks.cache_clear()
 
 
 def moved(problem: Problem, device: torch.device) -> Problem:
