@@ -46,7 +46,7 @@ from dante_kernels.ops import backends
 
 AT_ONCE = 6  # checks at the same time
 CHECK_SECONDS = 150.0  # that one may take
-MEASURED = ("limits", "timings", "rounds", "many_models")
+MEASURED = ("limits", "timings", "rounds", "many_models", "compiled_peers")  # the last one ends with the time
 SANITIZERS = ("memcheck", "racecheck")
 Row = dict[str, Any]
 
@@ -70,6 +70,8 @@ def perform(part: str, which: str, device: torch.device) -> Iterator[Row]:
         yield from gpu_timings.steps(device, which.split(","))
     elif part == "many_models":
         yield from gpu_timings.many_models(device)
+    elif part == "compiled_peers":
+        yield from gpu_timings.compiled_peers(device)
     elif part == "rounds":
         yield from gpu_timings.rounds(device)
     else:

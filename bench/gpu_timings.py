@@ -21,9 +21,11 @@ import torch
 from support import Problem, make_problem
 
 import dante_kernels as dk
-from bench import gpu_limits
+from bench import gpu_limits, workloads
 from bench.defaults_rows import IN_PARALLEL, in_turn
+from bench.peers import Method, NotHere
 from bench.peers.cuda_graph import graph_of
+from bench.workloads import Workload
 from dante_kernels import kernels, losses, ops, reference
 from dante_kernels.kernels import one_launch, plan
 from dante_kernels.kernels.fused import Call
@@ -44,6 +46,12 @@ ONE_BARRIER = "one barrier"
 TIMED_PLANS = (*PLANS, "persistent", ONE_BARRIER)  # the persistent plan also where it is not chosen, since a model chose
 BLOCKS = {"20 in turn": {"inner_steps": 20}, "3 in parallel": IN_PARALLEL}  # steps of a layer before the next one
 BLOCKS_BATCH = 100
+COMPILED = (
+    "JAX scan SNGD",
+    "JAX scan SGD",
+    "torch.compile SNGD, reduce-overhead",
+    "torch.compile SGD, reduce-overhead",
+)  # as `workloads.METHODS` names them
 
 
 @contextlib.contextmanager
@@ -187,6 +195,35 @@ def steps(device: torch.device, plans: Sequence[str]) -> Iterator[dict[str, Any]
                 "net": net, "batch": batch, "precision": precision, "method": name, "us_per_step": median, "p20": p20,
                 "p80": p80, "samples_per_second": batch * 1e6 / median,
             }  # fmt: skip
+
+
+def compiled_peers(
+    device: torch.device, names: Sequence[str] = COMPILED, nets: tuple[tuple[int, ...], ...] = NETS
+) -> Iterator[dict[str, Any]]:
+    """Microseconds a step of what is compiled for each shape, as long as there is time: the aims are ratios to the best of it.
+
+    SNGD on the first layer and SGD on the whole net, `STEPS` steps in a call. That the methods are right is for `dante bench`.
+    """
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # JAX would take most of the memory
+    for precision, name, widths, batch in itertools.product(SWITCHES, names, nets, BATCHES):
+        problem, order = workloads.random_problem(Workload(widths, batch, rows=STEPS * batch), device)
+        with matmul_precision(precision):
+            try:
+                method = workloads.make(workloads.METHODS[name], problem)
+                method.reset()
+                rows = type(method).convert(order)
+
+                def call(method: Method = method, rows: Any = rows) -> None:
+                    method.round(rows)
+                    method.wait()
+
+                took = gpu_limits.microseconds(call, device, 20) / STEPS
+            except NotHere as reason:
+                print(f"{name}: {reason}", flush=True)
+                continue
+        net = "-".join(map(str, widths))
+        print(f"{net:>16} batch {batch:>3} {precision:>7} {name:>36} {took:9.2f} us", flush=True)
+        yield {"net": net, "batch": batch, "precision": precision, "method": name, "us_per_step": took}
 
 
 def models(widths: tuple[int, ...], count: int, steps: int, device: torch.device) -> Callable[[], object]:

@@ -217,6 +217,15 @@ def test_the_form_with_one_barrier_is_checked_and_timed_whatever_is_faster(gpu_c
     assert launched == [((13,), True)]
 
 
+def test_compiled_peers_are_timed_as_far_as_they_are_here(gpu_check, capsys):
+    names = ("torch SGD", gpu_check.gpu_timings.COMPILED[-1])
+    rows = [*gpu_check.gpu_timings.compiled_peers(CPU, names, nets=((8, 6, 3),))]
+    kinds = itertools.product(("highest", "high"), (20, 100, 500))
+    assert [(row["precision"], row["batch"], row["method"]) for row in rows] == [(*kind, "torch SGD") for kind in kinds]
+    assert "CUDA graphs need a GPU" in capsys.readouterr().out
+    assert set(gpu_check.gpu_timings.COMPILED) <= set(gpu_check.gpu_timings.workloads.METHODS)
+
+
 def test_without_a_gpu_it_says_so(gpu_check, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
