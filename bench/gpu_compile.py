@@ -75,6 +75,7 @@ class Worker:
         all_registers: bool = False, **constants: Any,
     ) -> None:  # fmt: skip
         """Stands in for `launcher.launch`."""
+        launcher.settle()
         options = launcher.options_of(persistent, all_registers)
         try:
             kernel.warmup(*args, grid=grid, num_warps=num_warps, num_stages=num_stages, **options, **constants)

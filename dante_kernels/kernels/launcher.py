@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
+
+from triton import JITFunction
 
 # Floating-point contraction is off everywhere: the default differs between versions of Triton, and a product and a sum
 # that are written separately shall round separately in every specialization. Matrix products are fused regardless.
@@ -24,6 +28,20 @@ def options_of(persistent: bool, all_registers: bool) -> dict[str, Any]:
     return options
 
 
+@functools.cache
+def settle() -> None:
+    """Let every kernel, and every function that it calls, have its key in Triton's cache, always in one order.
+
+    Into a function's key Triton takes the constants of those it calls only if they have theirs already. So in another process,
+    which launches kernels in another order, compiled ones would not be found again.
+    """
+    package = __name__.rpartition(".")[0]
+    for name in sorted(name for name in sys.modules if name.startswith(f"{package}.")):
+        for _, function in sorted(vars(sys.modules[name]).items()):
+            if isinstance(function, JITFunction):  # no interpreted one
+                _ = function.cache_key
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -39,5 +57,6 @@ def launch(
     `args` are the kernel's run-time arguments in order, None for an absent pointer; `constants` its tl.constexpr ones. The
     programs of a `persistent` one wait for each other: its launch fails unless all of them can be on the device at once.
     """
+    settle()
     options = options_of(persistent, all_registers)
     kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **options, **constants)

@@ -107,7 +107,12 @@ def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
 
     def stop_on_device() -> Callable[[], float]:
         last.record(stream)
-        return lambda: first.elapsed_time(last) / 1000
+
+        def seconds() -> float:
+            last.synchronize()  # an event that the device has not come to has no time
+            return first.elapsed_time(last) / 1000
+
+        return seconds
 
     return stop_on_device
 

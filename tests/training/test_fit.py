@@ -457,3 +457,27 @@ def test_a_step_in_one_launch_that_is_not_finite_is_named_and_undone():
         with pytest.raises(dk.NonFiniteError, match=r"layer 0 \('0'\), round 0, step 1 of its block 2"):
             dk.fit(model, x, y, backend=backend, **settings)
     torch.testing.assert_close(weights(models[1]), weights(models[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_seconds_on_a_gpu_are_asked_for_when_the_device_has_come_to_them(monkeypatch):
+    from dante_kernels.training import trainer
+
+    class Event:
+        recorded = reached = False
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.recorded = True
+
+        def synchronize(self):
+            self.reached = self.recorded
+
+        def elapsed_time(self, last):
+            assert last.reached, "torch raises here"
+            return 2500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "its stream")
+    assert trainer._stopwatch(torch.device("cuda"))()() == 2.5
