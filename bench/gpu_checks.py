@@ -164,6 +164,8 @@ def check_repeats(at: Setting) -> str:
     busy = at.device.type == "cuda"
     load = torch.randn(2048, 2048, device=at.device) if busy else None
     stream = torch.cuda.Stream(at.device) if busy else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(at.device))
     shapes = [SHAPES[0]] if at.few else [SHAPES[2], SHAPES[3], SHAPES[5], SHAPES[7]]
     for precision, (rows, n_in, widths) in itertools.product(at.precisions()[:2], shapes):
         start, first = moved(make_problem(seed=3, rows=rows, n_in=n_in, widths=widths), at.device), None
@@ -246,8 +248,9 @@ def check_graph_replays(at: Setting) -> str:
             at.expect(all(same), f"{plan}, {n_in}-{widths}, call {call}: {same}")
     kept = [entry for entry in graphs._shared.entries.values() if entry.recording is not None]
     at.expect(graphs._shared.usable, "a recording failed")
-    at.expect(len(kept) >= len(passes), "nothing was replayed")
-    return f"{len(kept)} graphs, {sum(entry.bytes for entry in kept) / 2**20:.1f} MiB"
+    found = f"{len(kept)} graphs, {sum(entry.bytes for entry in kept) / 2**20:.1f} MiB"
+    at.expect(len(kept) >= len(passes), f"of {len(passes)} passes {found} are there: not recorded, or gone for others")
+    return found
 
 
 def check_short_blocks_and_models(at: Setting) -> str:

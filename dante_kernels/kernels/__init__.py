@@ -158,6 +158,8 @@ def _side_by_side(group: list[Call]) -> list[tuple[Tensor, Tensor]]:
             jobs = [functools.partial(recorded, run, tuple(call), (call.order, call.lr), launches) for call in group]
             return [(losses, norms) for losses, norms in overlapping(one.weight, jobs, 0)]
         at_once = choice.tiles.at_once(_most_programs(one.weight))
+        if one.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            at_once = 1  # where models lie is copied from the host, from memory that a replay would not find again
         results: list[tuple[Tensor, Tensor]] = []
         for first in range(0, len(group), at_once):
             models = [one_launch.model(call) for call in group[first : first + at_once]]

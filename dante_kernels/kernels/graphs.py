@@ -79,7 +79,8 @@ class CudaRecorder:
             torch.cuda.current_blas_handle()
             torch._C._cuda_clearCublasWorkspaces()
             # What other threads do at the same time is no part of it, and no error.
-            graph.capture_begin(capture_error_mode="thread_local")
+            with torch.inference_mode(False):  # in it, tensors of torch's generator would be of no use to captures outside it
+                graph.capture_begin(capture_error_mode="thread_local")
             try:
                 before = torch.cuda.memory_reserved()
                 results = run()

@@ -195,7 +195,8 @@ def sngd_epoch_(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came. Nothing is changed then. A row
-        number out of range is an error on the CPU; on a GPU its step's loss and norm are NaN and the step is skipped.
+        number out of range is an error on the CPU; by triton on a GPU its step's loss and norm are NaN and the step is
+        skipped; by the reference there it is an assertion on the device, which ends the process's use of it.
 
     Source: Algorithm 1 of the 2020 DANTE paper, inside Algorithm 2.
     """

@@ -50,7 +50,8 @@ class Run:
     def passes(self) -> Passes[History]:
         """Train, under torch.no_grad() and the wanted precision, which are for the caller to set."""
         if self.device is not None:
-            self.model.to(self.device)
+            with torch.inference_mode(False):  # in it, parameters that are moved could not be written to outside it
+                self.model.to(self.device)
             self.network = network.from_module(self.model, self.settings.loss)
         self.trainer = Trainer(self.network, self.x, self.target, self.settings, self.validation)
         return (yield from self.trainer.run(self.callbacks, self.file))

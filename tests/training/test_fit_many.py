@@ -371,3 +371,17 @@ def test_checkpoints_go_on_bit_for_bit(tmp_path):
     histories = train(models, files)
     assert [r.loss for h in histories for r in h.rounds] == [r.loss for h in expected for r in h.rounds]
     assert all(torch.equal(weights(a), weights(b)) for a, b in zip(models, whole, strict=True))
+
+
+def test_a_model_that_is_moved_in_inference_mode_can_be_trained_outside_it(monkeypatch):
+    model, (x, y) = net(6, 5, 3), blobs()
+    modes, move = [], model.to
+
+    def to(device):
+        modes.append(torch.is_inference_mode_enabled())
+        return move(device)
+
+    monkeypatch.setattr(model, "to", to)
+    with torch.inference_mode():
+        dk.fit(model, x, y, device="cpu", schedule=dk.RoundRobin(rounds=1))
+    assert modes == [False]
